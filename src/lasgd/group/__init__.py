@@ -1,0 +1,1 @@
+"""Who is in, and how bytes move: the contract (`base`) and its implementations."""

@@ -1,0 +1,128 @@
+"""A group whose collectives take as long as on slower links: link emulation in user space."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasgd.errors import PeerError
+from lasgd.group.base import Group
+from lasgd.group.cost import broadcast_s, ring_all_reduce_s
+
+
+class PaddedGroup(Group):
+    """Wraps any group: all-reduces and broadcasts go through it and then sleep until their emulated time is over.
+
+    - `round_s`: an all-reduce of `vector_bytes` takes at least this long, of a part its share. The payload is the first
+      tensor of the call; a header travels free, so a call with one float64 table alone is not padded.
+    - `bandwidth_bytes_per_s`, `latency_s`: every all-reduce takes at least the ring's time for all its tensors, headers
+      included, and every broadcast at least the time in which the bytes can reach everybody (`group/cost.py`).
+
+    With both, the longer of the two. Everything else is the wrapped group's. Only `wait_...` methods sleep.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        vector_bytes: int,
+        round_s: float | None = None,
+        bandwidth_bytes_per_s: float | None = None,
+        latency_s: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`vector_bytes` is the size of the whole vector as it counts for `round_s`. Takes over `group`.
+
+        Raises ValueError if a size, a time or a bandwidth is not positive.
+        """
+        given = {"vector_bytes": vector_bytes, "round_s": round_s, "bandwidth_bytes_per_s": bandwidth_bytes_per_s}
+        for name, value in given.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; expected more than 0")
+        if latency_s < 0 or (latency_s and bandwidth_bytes_per_s is None):
+            raise ValueError(f"latency_s is {latency_s}; expected 0 or more, and more than 0 only with a bandwidth")
+        self._group = group
+        self._vector_bytes = vector_bytes
+        self._round_s = round_s
+        self._bandwidth_bytes_per_s = bandwidth_bytes_per_s
+        self._latency_s = latency_s
+        self._clock = clock
+        self._sleep = sleep
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for what this object does not have itself: rank, members, epoch, bytes_sent, an implementation's own.
+        if name == "_group":
+            raise AttributeError(name)
+        return getattr(self._group, name)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks the run has."""
+        return self._group.world_size
+
+    def wait_all_reduce(self, tensors: Sequence[Tensor], timeout_s: float) -> None:
+        """As the wrapped group's; ends later. PeerError if the emulated time does not fit into `timeout_s`."""
+        deadline_s = self._clock() + timeout_s
+        self._group.wait_all_reduce(tensors, timeout_s)
+        self._wait_padding(self._all_reduce_s(tensors), deadline_s, timeout_s, "all-reduce", _n_bytes(tensors))
+
+    def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
+        """As the wrapped group's; ends later. PeerError if the emulated time does not fit into `timeout_s`."""
+        deadline_s = self._clock() + timeout_s
+        self._group.wait_broadcast(tensor, source, timeout_s)
+        padding_s = 0.0
+        if self._bandwidth_bytes_per_s is not None:
+            members = len(self._group.members)
+            padding_s = broadcast_s(tensor.nbytes, members, self._latency_s, self._bandwidth_bytes_per_s)
+        self._wait_padding(padding_s, deadline_s, timeout_s, "broadcast", tensor.nbytes)
+
+    def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
+        """The wrapped group's, not padded: kilobytes at the start of a run."""
+        return self._group.wait_exchange(topic, value, timeout_s)
+
+    def leave(self, reason: str | None = None) -> None:
+        """Leaves at once; may be called twice."""
+        self._group.leave(reason)
+
+    def _all_reduce_s(self, tensors: Sequence[Tensor]) -> float:
+        seconds = 0.0
+        if self._round_s is not None and tensors and not _is_header_only(tensors):
+            seconds = self._round_s * tensors[0].nbytes / self._vector_bytes
+        if self._bandwidth_bytes_per_s is not None:
+            members = len(self._group.members)
+            link_s = ring_all_reduce_s(_n_bytes(tensors), members, self._latency_s, self._bandwidth_bytes_per_s)
+            seconds = max(seconds, link_s)
+        return seconds
+
+    def _wait_padding(self, padding_s: float, deadline_s: float, timeout_s: float, what: str, n_bytes: int) -> None:
+        # Called when the wrapped collective has just ended, and counted from there. On a slow link the time runs from
+        # when the last member joined, and that is not known here: this rank's own beginning is too early (it may have
+        # waited for a straggler for longer than the padding, and would then get its mean for free), and the members'
+        # clocks need not agree. The end of the wrapped collective is the one moment at which each member can tell that
+        # all have joined. It is too late by the wrapped collective's own time, milliseconds on loopback, and so errs
+        # on the slow side, against the algorithm that is measured.
+        if padding_s <= 0:
+            return
+        end_s = self._clock() + padding_s
+        while (left_s := min(end_s, deadline_s) - self._clock()) > 0:
+            self._sleep(left_s)
+        if end_s > deadline_s:
+            others = ", ".join(str(member) for member in self._group.members if member != self._group.rank)
+            raise PeerError(
+                f"rank {self._group.rank} of {self.world_size}: {what} of {n_bytes / 1e6:.3g} MB not finished after "
+                f"{timeout_s:.1f} s (emulated link: it takes {padding_s:.1f} s once all have joined). Waited for ranks "
+                f"{others or 'none'}. Raise timeout_s, or choose a quicker condition."
+            )
+
+
+def _is_header_only(tensors: Sequence[Tensor]) -> bool:
+    return len(tensors) == 1 and tensors[0].dtype == torch.float64 and tensors[0].dim() == 2
+
+
+def _n_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

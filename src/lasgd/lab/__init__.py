@@ -1,0 +1,1 @@
+"""Where and under what a run takes place: conditions, shaped links, local ranks."""

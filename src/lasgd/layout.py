@@ -1,0 +1,219 @@
+"""One flat vector for all that is averaged, and its cut into fragments.
+
+The vector holds, in this order: the trainable parameters that have the vector's own precision, those of a coarser one
+(bf16 in a float32 vector), and the floating-point buffers. Offsets follow the tensors' logical order, whatever their
+memory format, so that ranks agree on every element's place. Fragments are cut between rows of a tensor's first
+dimension: a row range is a view whatever the strides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from lasgd.errors import ConfigurationError
+
+
+class Section(IntEnum):
+    """The vector's three parts, in their order."""
+
+    EXACT = 0  # parameters of the vector's precision
+    COARSE = 1  # parameters of a lower precision: what rounding leaves over stays in the residual
+    BUFFER = 2  # floating-point buffers: they take the mean
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tensor of the model and its place in the vector."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    section: Section
+    begin: int
+    end: int
+
+    def tensor(self) -> Tensor:
+        """The live tensor; looked up anew, because others may replace a buffer or a parameter's data."""
+        found = self.owner._parameters.get(self.key)
+        if found is None:
+            found = self.owner._buffers[self.key]
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A row range of one tensor, as it lies within a fragment."""
+
+    entry: Entry
+    first_row: int
+    rows: int
+    is_whole: bool
+    begin: int  # offsets in the whole vector
+    end: int
+
+    def live(self) -> Tensor:
+        """A view of the model's own elements."""
+        tensor = self.entry.tensor()
+        return tensor if self.is_whole else tensor.narrow(0, self.first_row, self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """One part of the vector: elements begin to end, averaged in one round."""
+
+    index: int
+    begin: int
+    end: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.end - self.begin
+
+
+class Layout:
+    """Where each averaged tensor of `model` lies in the vector. Reads the model, changes nothing."""
+
+    def __init__(self, model: nn.Module):
+        parameters, buffers, frozen = _averaged_tensors(model)
+        if not parameters:
+            raise ConfigurationError("the model has no trainable floating-point parameter; there is nothing to average")
+        tensors = [tensor for _, _, _, tensor in parameters + buffers]
+        self.device = _one_device(parameters + buffers)
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        self.frozen: tuple[nn.Parameter, ...] = tuple(frozen)
+
+        exact = [p for p in parameters if p[3].dtype == self.dtype]
+        coarse = [p for p in parameters if p[3].dtype != self.dtype]
+        entries, offset = [], 0
+        for section, members in ((Section.EXACT, exact), (Section.COARSE, coarse), (Section.BUFFER, buffers)):
+            for name, owner, key, tensor in members:
+                entries.append(Entry(name, owner, key, section, offset, offset + tensor.numel()))
+                offset += tensor.numel()
+        self.entries: tuple[Entry, ...] = tuple(entries)
+        self.size = offset
+        """Elements of the vector."""
+        self.parameter_bytes = sum(t.numel() * t.element_size() for _, _, _, t in parameters)
+
+    def cut(self, fragments: int) -> list[Fragment]:
+        """Cuts the vector into about `fragments` parts of about equal size; fewer where rows are too long for that."""
+        if fragments < 1:
+            raise ConfigurationError(f"fragments must be at least 1, got {fragments}")
+        cuts = [0]
+        for k in range(1, fragments):
+            at = self._nearest_row(round(k * self.size / fragments))
+            if cuts[-1] < at < self.size:
+                cuts.append(at)
+        cuts.append(self.size)
+        return [
+            Fragment(index, begin, end, tuple(self._pieces(begin, end)))
+            for index, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+        ]
+
+    def _nearest_row(self, at: int) -> int:
+        entry = next(entry for entry in self.entries if at < entry.end)
+        row = _row_size(entry.tensor())
+        return entry.begin + round((at - entry.begin) / row) * row
+
+    def _pieces(self, begin: int, end: int) -> Iterator[Piece]:
+        for entry in self.entries:
+            first, last = max(begin, entry.begin), min(end, entry.end)
+            if first >= last:
+                continue
+            row = _row_size(entry.tensor())
+            yield Piece(
+                entry,
+                first_row=(first - entry.begin) // row,
+                rows=(last - first) // row,
+                is_whole=(first, last) == (entry.begin, entry.end),
+                begin=first,
+                end=last,
+            )
+
+    def state_dict(self, model: nn.Module, vector: Tensor | None) -> dict[str, Tensor]:
+        """A copy of the model's state dict, with the averaged tensors' values from `vector`, (D,), where given."""
+        averaged = {id(entry.tensor()): entry for entry in self.entries}
+        copies: dict[int, Tensor] = {}  # tied tensors stay tied
+        state = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if id(tensor) not in copies:
+                copy, entry = tensor.detach().clone(), averaged.get(id(tensor))
+                if vector is not None and entry is not None:
+                    copy.copy_(vector[entry.begin : entry.end].view(tensor.shape))
+                copies[id(tensor)] = copy
+            state[name] = copies[id(tensor)]
+        return state
+
+    def describe(self) -> list[tuple[str, list[int], str]]:
+        """Name, shape and dtype of every averaged tensor, in the vector's order; equal on all ranks or no run."""
+        return [(e.name, list(e.tensor().shape), str(e.tensor().dtype).removeprefix("torch.")) for e in self.entries]
+
+    def digest(self) -> str:
+        """SHA-256 of `describe()`."""
+        return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()
+
+    def content_digest(self) -> str:
+        """SHA-256 of the averaged values themselves, each in its own dtype and logical order."""
+        sha = hashlib.sha256()
+        for entry in self.entries:
+            values = entry.tensor().detach().contiguous().cpu()
+            sha.update(values.view(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+
+def _averaged_tensors(model: nn.Module):
+    """(name, owner, key, tensor) of trainable parameters and of persistent float buffers, tied ones once; and the frozen."""
+    parameters, buffers, frozen, seen = [], [], [], set()
+    for prefix, owner in model.named_modules():
+        where = f"{prefix}." if prefix else ""
+        for key, parameter in owner._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+                raise ConfigurationError(f"parameter {where + key!r} is lazy; run one forward pass before attach")
+            if not parameter.requires_grad:
+                frozen.append(parameter)
+            elif not parameter.is_floating_point():
+                raise ConfigurationError(
+                    f"parameter {where + key!r} is {parameter.dtype}; only real floating-point parameters are averaged"
+                )
+            elif type(parameter.data) is not Tensor:
+                raise ConfigurationError(
+                    f"parameter {where + key!r} is a {type(parameter.data).__name__}; lasgd averages plain tensors, "
+                    "so every rank must hold the whole model (no FSDP, no tensor parallelism)"
+                )
+            else:
+                parameters.append((where + key, owner, key, parameter))
+        for key, buffer in owner._buffers.items():
+            if buffer is None or id(buffer) in seen or key in owner._non_persistent_buffers_set:
+                continue
+            seen.add(id(buffer))
+            if buffer.is_floating_point() and buffer.numel():
+                buffers.append((where + key, owner, key, buffer))
+    return [p for p in parameters if p[3].numel()], buffers, frozen
+
+
+def _one_device(tensors) -> torch.device:
+    devices = {tensor.device for _, _, _, tensor in tensors}
+    if len(devices) > 1:
+        raise ConfigurationError(
+            f"the model's tensors lie on {len(devices)} devices ({', '.join(sorted(map(str, devices)))}); "
+            "lasgd needs one device per rank"
+        )
+    return devices.pop()
+
+
+def _row_size(tensor: Tensor) -> int:
+    return tensor.numel() if tensor.dim() == 0 else tensor.numel() // tensor.shape[0]

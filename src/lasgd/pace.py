@@ -1,0 +1,228 @@
+"""What the ranks agree on: the header that travels with every round, and what each rank concludes from it.
+
+The header is a float64 table (world_size, columns), zero but for the own row, so that its sum over the ranks tells
+every rank every row. (Float64: float32 loses integers above 2^24.) All conclusions below are pure functions of the
+summed tables, hence equal on all ranks: when the next round is due, how far the run is, how many fragments there are,
+when checkpoints and evaluations are cut, and the end.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lasgd.algorithms.requests import Failure, Mean
+from lasgd.tally import Tally
+
+
+class Column(IntEnum):
+    """A row of the header, one rank's word."""
+
+    SAMPLES = 0  # processed since the start of the run
+    LOCAL_STEPS = 1  # likewise
+    STEP_S = 2  # seconds per local step; 0: not known yet
+    ROUND_S = 3  # seconds that the latest round's vector was on its way; 0: not known yet
+    WEIGHT = 4  # of this rank's contribution to this round
+    SICK = 5  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
+    LEFT = 6  # 1: this rank takes no more local steps
+    STOP = 7  # 1: this rank asks for an early end
+    SAVED = 8  # number of the newest checkpoint that this rank has on disk
+
+
+class End(Enum):
+    """Why the run ends."""
+
+    SAMPLES = "the budget of samples is reached"
+    LEFT = "every rank has left"
+    STOP = "a rank asked for an early end"
+    DIVERGED = "every rank holds NaN or Inf"
+
+
+@dataclass(frozen=True)
+class Sickness:
+    """One rank held NaN or Inf from this round on, and takes the others' mean."""
+
+    rank: int
+    round: int
+
+
+IDLE_S = 0.05
+"""Seconds between rounds while no rank knows yet how long a local step takes."""
+
+MAX_FRAGMENTS = 20
+"""Most fragments that `auto` asks for."""
+
+
+class Pace:
+    """The agreement so far. Written by `agree` alone; any thread may read its plain attributes."""
+
+    def __init__(
+        self,
+        world_size: int,
+        samples: int,
+        steps_per_round: float = 1.0,
+        fragments: int | Literal["auto"] = 1,
+        evaluations: int = 0,
+        checkpoints: int = 0,
+    ):
+        self.world_size = world_size
+        self.budget = samples
+        self.steps_per_round = steps_per_round
+        self.fragments = 1 if fragments == "auto" else fragments
+        self.round = 0
+        """Finished rounds."""
+        self.samples = 0
+        self.due_s = 0.0
+        """The next round begins no earlier than this many seconds after the latest one was agreed."""
+        self.end: End | None = None
+        self.checkpoint = 0
+        """Number of the newest checkpoint that is to be cut; 0: none yet."""
+        self.durable_checkpoint = 0
+        """Number of the newest checkpoint that every rank has on disk."""
+        self.evaluation = 0
+        """Number of the newest evaluation that is due; 0: none yet."""
+        self.sicknesses: list[Sickness] = []
+        self.local_steps: tuple[int, ...] = (0,) * world_size
+        self._checkpoints, self._evaluations = checkpoints, evaluations
+        self._delay = Delay() if fragments == "auto" else None
+        self._header = torch.zeros(world_size, len(Column), dtype=torch.float64)
+        self._was_sick: frozenset[int] = frozenset()
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that all ranks together have processed, 0 to 1, as of the latest round."""
+        return min(1.0, self.samples / self.budget)
+
+    def header(self, rank: int, tally: Tally, weight: float, is_sick: bool, round_s: float) -> Tensor:
+        """This rank's table for the next round; valid until the next call."""
+        row = {
+            Column.SAMPLES: tally.samples,
+            Column.LOCAL_STEPS: tally.local_steps,
+            Column.STEP_S: tally.step_s,
+            Column.ROUND_S: round_s,
+            Column.WEIGHT: weight,
+            Column.SICK: is_sick,
+            Column.LEFT: tally.has_left,
+            Column.STOP: tally.wants_stop,
+            Column.SAVED: tally.saved_checkpoint,
+        }
+        self._header.zero_()
+        for column, value in row.items():
+            self._header[rank, column] = float(value)
+        return self._header
+
+    def agree(self, outcome: Mean | Failure) -> None:
+        """Draws every conclusion from one round's summed header; a Failure leaves all as it was."""
+        if isinstance(outcome, Failure):
+            return
+        rows = outcome.header.tolist()
+        self.round += 1
+        self.samples = int(sum(row[Column.SAMPLES] for row in rows))
+        self.local_steps = tuple(int(row[Column.LOCAL_STEPS]) for row in rows)
+        self.durable_checkpoint = int(min(row[Column.SAVED] for row in rows))
+        self._agree_on_time(rows)
+        self._agree_on_marks()
+        self._agree_on_health(rows)
+        if self.end is None:
+            self.end = self._reason_to_end(rows)
+
+    def count_alone(self, tally: Tally) -> None:
+        """Takes the own share of the budget for the whole of it: for ranks that agree on nothing."""
+        self.samples = tally.samples * self.world_size
+        self._agree_on_marks()
+        if tally.wants_stop or tally.has_left:
+            self.checkpoint += tally.wants_stop
+            self.end = End.STOP if tally.wants_stop else End.LEFT
+        elif self.samples >= self.budget:
+            self.end = End.SAMPLES
+
+    def resume(self, round_: int, samples: int, checkpoint: int, evaluation: int) -> None:
+        """Goes on from a checkpoint's agreement; the same values on every rank."""
+        self.round, self.samples = round_, samples
+        self.checkpoint, self.evaluation, self.durable_checkpoint = checkpoint, evaluation, checkpoint
+
+    def _agree_on_time(self, rows: list[list[float]]) -> None:
+        # The median, because a straggler drags the mean; the lower one, because of two ranks one may be a straggler.
+        step_s = _median_low(row[Column.STEP_S] for row in rows)
+        self.due_s = self.steps_per_round * step_s if step_s else IDLE_S
+        round_s = _median_low(row[Column.ROUND_S] for row in rows)
+        if self._delay and step_s and round_s:
+            self.fragments = self._delay.fragments(self.fragments, round_s / step_s)
+
+    def _agree_on_marks(self) -> None:
+        def reached(marks: int) -> int:  # how many of `marks` equal parts of the budget are behind us; the end is none
+            return min(max(marks - 1, 0), self.samples * marks // self.budget)
+
+        self.checkpoint = max(self.checkpoint, reached(self._checkpoints))
+        self.evaluation = max(self.evaluation, reached(self._evaluations))
+
+    def _agree_on_health(self, rows: list[list[float]]) -> None:
+        sick = frozenset(rank for rank, row in enumerate(rows) if row[Column.SICK])
+        self.sicknesses += [Sickness(rank, self.round) for rank in sorted(sick - self._was_sick)]
+        self._was_sick = sick
+
+    def _reason_to_end(self, rows: list[list[float]]) -> End | None:
+        if not any(row[Column.WEIGHT] for row in rows):
+            return End.DIVERGED
+        if any(row[Column.STOP] for row in rows):
+            self.checkpoint += 1
+            return End.STOP
+        if self.samples >= self.budget:
+            return End.SAMPLES
+        if all(row[Column.LEFT] for row in rows):
+            return End.LEFT
+        return None
+
+
+class Delay:
+    """The whole vector's delay in local steps, from rounds that carry one of F fragments, and the F that follows.
+
+    A round of one of F fragments takes a + b/F: a part that does not shrink (latency) and one that does (bandwidth).
+    The share a/(a+b) is learnt where F changes; without it a slow-to-answer network would ask for ever more
+    fragments, each as late as the one before.
+    """
+
+    def __init__(self) -> None:
+        self._round_steps = 0.0  # moving average at the present F
+        self._rounds = 0  # averaged since F changed
+        self._before: tuple[int, float] | None = None  # F and its average before the change
+        self._latency_share = 0.0
+
+    def fragments(self, present: int, round_steps: float) -> int:
+        """Takes in one round's delay in local steps at `present` fragments; returns how many there should be."""
+        keep = 0.8 if self._rounds else 0.0
+        self._round_steps = keep * self._round_steps + (1 - keep) * round_steps
+        self._rounds += 1
+        if self._rounds < max(3, present):
+            return present
+        if self._before is not None:
+            self._latency_share = _latency_share(*self._before, present, self._round_steps)
+            self._before = None
+        share = self._latency_share
+        whole = self._round_steps / (share + (1 - share) / present)
+        wanted = min(MAX_FRAGMENTS, max(1, math.ceil(whole)))
+        # A band around the present number, so that noise does not recut the vector again and again.
+        if present * 0.8 - 1 <= whole <= present * 1.1 + 0.2 or wanted == present:
+            return present
+        self._before = (present, self._round_steps)
+        self._rounds = 0
+        return wanted
+
+
+def _latency_share(f0: int, t0: float, f1: int, t1: float) -> float:
+    """a/(a+b) of a + b/F, from two numbers of fragments and their round times."""
+    b = (t0 - t1) / (1 / f0 - 1 / f1)
+    a = t0 - b / f0
+    return min(1.0, max(0.0, a / (a + b))) if a + b > 0 else 0.0
+
+
+def _median_low(values) -> float:
+    """The lower median of the values that are known (not 0); 0 where none is."""
+    known = [value for value in values if value > 0]
+    return statistics.median_low(known) if known else 0.0

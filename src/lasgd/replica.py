@@ -1,0 +1,320 @@
+"""One rank's replica x and its residual r: what the rank stands for is z = x + r.
+
+Two threads meet here, and nowhere else:
+
+    thing                        written by                                    hands over
+    model's tensors (x)          training thread                               never; the communicator only reads
+    residual (r), `_holding`     communicator corrects, training thread shows  under `_lock`
+    flat buffers of a round      communicator                                  never
+
+Why an unlocked, torn snapshot of x is harmless (design, section 1):
+ 1. s is some vector; element by element it was x at some moment of the snapshot.
+ 2. The correction adds m - s to r, never s itself, so z moves by exactly m - s whatever s was.
+ 3. With equal weights sum_i (m - s_i) = 0, so the sum of all z is moved by local steps only; one that fell into the
+    snapshot, half or whole, stays in x.
+
+Why r needs the lock: s = x + r is read in two passes. If the training thread moved r into x between them, r would be
+counted twice or not at all. The lock is held for one pass over a fragment. The training thread only *tries* it: if the
+communicator is in that pass, the correction is shown at the next step boundary instead, and nobody waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from lasgd.algorithms.requests import Contribution, Failure, Mean
+from lasgd.errors import ConfigurationError, PeerError
+from lasgd.fences import fences_for
+from lasgd.layout import Fragment, Layout, Section
+from lasgd.merge import Full, MergeRule
+from lasgd.tally import Tally
+
+
+class Holding(Enum):
+    """What a fragment of the residual holds."""
+
+    EMPTY = "r = 0, whatever the memory says"
+    CORRECTION = "z = x + r, with something new to show"
+    REST = "z = x + r, shown already as far as x can show it"
+    REPLACEMENT = "z = r, and x is to become r"
+
+
+class _Window:
+    """A fragment's views into the residual and the round's buffer, by section."""
+
+    def __init__(self, fragment: Fragment, residual: Tensor, buffer: Tensor):
+        self.fragment = fragment
+        self.residual = residual[fragment.begin : fragment.end]
+        self.sent = buffer[: fragment.size]
+        self.pieces = {s: [p for p in fragment.pieces if p.entry.section is s] for s in Section}
+        self.parameter_end = sum(p.end - p.begin for s in (Section.EXACT, Section.COARSE) for p in self.pieces[s])
+        self.exact_end = sum(p.end - p.begin for p in self.pieces[Section.EXACT])
+        self.residual_views = {s: self._views(residual, 0, s) for s in Section}
+        self.sent_views = {s: self._views(buffer, fragment.begin, s) for s in Section}
+
+    def _views(self, flat: Tensor, shift: int, section: Section) -> list[Tensor]:
+        return [flat[p.begin - shift : p.end - shift].view(p.live().shape) for p in self.pieces[section]]
+
+    def live(self, section: Section) -> list[Tensor]:
+        """Views of the model's own tensors."""
+        return [piece.live() for piece in self.pieces[section]]
+
+    def copy_parts(self, into: dict[Section, list[Tensor]], sections=tuple(Section)) -> None:
+        for section in sections:
+            if self.pieces[section]:
+                torch._foreach_copy_(into[section], self.live(section))
+
+    def show_parts(self, out_of: dict[Section, list[Tensor]], sections=tuple(Section)) -> None:
+        for section in sections:
+            if self.pieces[section]:
+                torch._foreach_copy_(self.live(section), out_of[section])
+
+
+class Replica:
+    """A model as the algorithms see it. Keeps references to the model's tensors; changes them only in `merge`."""
+
+    def __init__(self, model: nn.Module, tally: Tally, fragments: int = 1, rule: MergeRule | None = None):
+        self.layout = Layout(model)
+        self.tally = tally
+        self.fences = fences_for(self.layout.device)
+        self.on_recovery: Callable[[], None] = lambda: None
+        """Called by the training thread when it has adopted the others' mean after holding NaN or Inf."""
+        self.deferred_merges = 0
+        self._rule = rule or Full()
+        self._lock = threading.Lock()
+        self._residual = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
+        self._norm = torch.zeros((), dtype=self.layout.dtype, device=self.layout.device)
+        self._arrived: list[int] = []
+        self._to_adopt: set[int] = set()  # fragments that a rank with NaN or Inf has yet to take from the others
+        self._is_recovering = False
+        self._is_frozen = False
+        self._cut(fragments)
+
+    # The communicator's side
+
+    def next_fragment(self, fragments: int) -> Fragment:
+        """The fragment whose turn it is; a changed number of `fragments` takes effect when a cycle is complete."""
+        self._turn = (self._turn + 1) % len(self.fragments)
+        if self._turn == 0 and fragments != self._asked_fragments:
+            self._recut(fragments)
+        return self.fragments[self._turn]
+
+    @torch.no_grad()
+    def snapshot(self, fragment: Fragment) -> Contribution:
+        """s = z of one fragment, a copy; zeros of weight 0 where this rank has nothing finite to offer.
+
+        Never waits for the training thread's step: see the module's proof.
+        """
+        window = self._windows[fragment.index]
+        with self.fences.communicating():
+            with self._lock:
+                self.fences.before_reading()
+                holding = self._holding[fragment.index]
+                if holding is Holding.REPLACEMENT:
+                    window.sent.copy_(window.residual)
+                elif holding is not Holding.EMPTY:
+                    parameters, buffers = (Section.EXACT, Section.COARSE), (Section.BUFFER,)
+                    window.copy_parts(window.sent_views, parameters)
+                    end = window.parameter_end
+                    window.sent[:end].add_(window.residual[:end])
+                    if holding is Holding.CORRECTION:
+                        window.sent[end:].copy_(window.residual[end:])
+                    else:
+                        window.copy_parts(window.sent_views, buffers)
+                if holding is not Holding.CORRECTION:
+                    self._snapshot_step[fragment.index] = self.tally.local_steps
+            if holding is Holding.EMPTY:
+                window.copy_parts(window.sent_views)
+            if not self._to_adopt and not self._is_finite(window.sent):
+                self._to_adopt = set(range(len(self.fragments)))
+            if self._to_adopt:
+                window.sent.zero_()
+            values = window.sent if self._host is None else self._host[: fragment.size]
+            if values is not window.sent:
+                values.copy_(window.sent, non_blocking=True)
+                self.fences.wait_copied()
+        return Contribution(values, weight=0.0 if self._to_adopt else 1.0, begin=fragment.begin)
+
+    @torch.no_grad()
+    def correct(self, fragment: Fragment, sent: Contribution, outcome: Mean | Failure) -> None:
+        """r <- r + (m - s); a rank of weight 0 takes m itself. A Failure changes nothing."""
+        if isinstance(outcome, Failure) or outcome.values is None:
+            return
+        window, index = self._windows[fragment.index], fragment.index
+        with self.fences.communicating():
+            mean = self._on_device(outcome.values)
+            with self._lock:
+                self.fences.before_reading()
+                if sent.weight == 0:
+                    window.residual.copy_(mean)
+                    self._holding[index] = Holding.REPLACEMENT
+                    self._to_adopt.discard(index)
+                    if not self._to_adopt:
+                        self._is_recovering = True
+                        self._arrived = list(range(len(self.fragments)))
+                else:
+                    end = window.parameter_end
+                    if self._holding[index] is Holding.EMPTY:
+                        torch.sub(mean[:end], window.sent[:end], out=window.residual[:end])
+                    else:
+                        window.residual[:end].add_(mean[:end]).sub_(window.sent[:end])
+                    window.residual[end:].copy_(mean[end:])
+                    if self._holding[index] is not Holding.REPLACEMENT:
+                        self._holding[index] = Holding.CORRECTION
+                    if index not in self._arrived:
+                        self._arrived.append(index)
+                self.fences.corrected()
+            self.fences.wait_copied()
+
+    def freeze(self) -> None:
+        """From now on merges show nothing: the end is agreed, and x will become the last exact average."""
+        with self._lock:
+            self._is_frozen = True
+
+    @torch.no_grad()
+    def adopt(self, fragment: Fragment, outcome: Mean) -> None:
+        """r <- m, to be shown by `show_average`; all elements of all ranks are then equal."""
+        assert self._is_frozen and outcome.values is not None
+        with self.fences.communicating(), self._lock:
+            self._windows[fragment.index].residual.copy_(outcome.values)
+            self._holding[fragment.index] = Holding.REPLACEMENT
+            self.fences.corrected()
+            self.fences.wait_copied()
+
+    # The training thread's side
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """The step boundary: shows what has arrived since the last one. No network, no allocation, no waiting."""
+        if not self._arrived:
+            return
+        if not self._lock.acquire(blocking=False):
+            self.deferred_merges += 1
+            return
+        try:
+            if self._is_frozen or self._to_adopt:
+                return
+            self.fences.before_merge()
+            for index in self._arrived:
+                self._show(index)
+            self._arrived.clear()
+            self.fences.merged()
+            recovered, self._is_recovering = self._is_recovering, False
+        finally:
+            self._lock.release()
+        if recovered:
+            self.on_recovery()
+
+    @torch.no_grad()
+    def show_average(self) -> None:
+        """x <- the last exact average; after `adopt` of every fragment."""
+        with self._lock:
+            self.fences.before_merge()
+            for window in self._windows:
+                window.show_parts(window.residual_views)
+            self.fences.merged()
+
+    def _show(self, index: int) -> None:
+        window, holding = self._windows[index], self._holding[index]
+        self.tally.staleness.add(self.tally.local_steps - self._snapshot_step[index])
+        self._holding[index] = Holding.EMPTY
+        if holding is Holding.REPLACEMENT:
+            window.show_parts(window.residual_views)
+            return
+        if window.pieces[Section.EXACT]:
+            self._rule.show(window.live(Section.EXACT), window.residual_views[Section.EXACT])
+        if window.pieces[Section.COARSE]:
+            self._rule.show_coarse(window.live(Section.COARSE), window.residual_views[Section.COARSE])
+            window.residual[: window.exact_end].zero_()
+            self._holding[index] = Holding.REST
+        window.show_parts(window.residual_views, (Section.BUFFER,))
+
+    # Before the first round, and for checkpoints
+
+    @torch.no_grad()
+    def wait_residual(self, timeout_s: float) -> Tensor:
+        """A copy of z - x, (D,) on the CPU, as of now; zeros where x is about to be replaced. For checkpoints."""
+        if not self._lock.acquire(timeout=timeout_s):
+            raise PeerError(f"the communicator held the residual for more than {timeout_s:g} s")
+        try:
+            self.fences.before_merge()
+            residual = self._residual.to("cpu", copy=True)
+            for window, holding in zip(self._windows, self._holding, strict=True):
+                begin, end = window.fragment.begin, window.fragment.end
+                if holding in (Holding.EMPTY, Holding.REPLACEMENT):
+                    residual[begin:end].zero_()
+                else:
+                    residual[begin + window.parameter_end : end].zero_()
+        finally:
+            self._lock.release()
+        return residual
+
+    @torch.no_grad()
+    def load_residual(self, residual: Tensor) -> None:
+        """Takes over the contents of a residual that `wait_residual` has given; before the first round only."""
+        if residual.shape != self._residual.shape:
+            raise ConfigurationError(
+                f"the checkpoint's residual has {residual.numel()} elements, this model's has {self._residual.numel()}; "
+                "resume needs the model that the checkpoint was written with"
+            )
+        with self._lock:
+            self._residual.copy_(residual)
+            self._holding = [Holding.REST] * len(self.fragments)
+            self._arrived = []
+            self.fences.merged()
+
+    @property
+    def is_sitting_out(self) -> bool:
+        """This rank holds NaN or Inf and takes the others' mean, one cycle of fragments long."""
+        return bool(self._to_adopt)
+
+    # Cutting
+
+    def _cut(self, fragments: int) -> None:
+        self._asked_fragments = fragments
+        self.fragments = self.layout.cut(fragments)
+        largest = max(fragment.size for fragment in self.fragments)
+        on_host = self.layout.device.type == "cpu"
+        self._buffer = torch.empty(largest, dtype=self.layout.dtype, device=self.layout.device)
+        self._host = None if on_host else self.fences.host_buffer(largest, self.layout.dtype)
+        self._arriving = None if on_host else torch.empty_like(self._buffer)
+        self._windows = [_Window(fragment, self._residual, self._buffer) for fragment in self.fragments]
+        self._holding = [Holding.EMPTY] * len(self.fragments)
+        self._snapshot_step = [0] * len(self.fragments)
+        self._turn = len(self.fragments) - 1
+
+    @torch.no_grad()
+    def _recut(self, fragments: int) -> None:
+        """Cuts anew between two cycles; what the residual holds stays, and is shown at the next step boundary."""
+        with self.fences.communicating(), self._lock:
+            self.fences.before_reading()
+            replaces = self._holding[0] is Holding.REPLACEMENT and not self._to_adopt
+            oldest = min(self._snapshot_step)
+            for window, holding in zip(self._windows, self._holding, strict=True):
+                end = window.parameter_end
+                if holding is Holding.EMPTY or self._to_adopt:
+                    window.residual[:end].zero_()
+                if holding is not Holding.CORRECTION and not replaces:
+                    window.copy_parts(window.residual_views, (Section.BUFFER,))
+            self._cut(fragments)
+            self._holding = [Holding.REPLACEMENT if replaces else Holding.CORRECTION] * len(self.fragments)
+            self._snapshot_step = [oldest] * len(self.fragments)
+            self._arrived = list(range(len(self.fragments)))
+            self._turn = 0
+            if self._to_adopt:
+                self._to_adopt = set(range(len(self.fragments)))
+            self.fences.corrected()
+
+    def _is_finite(self, values: Tensor) -> bool:
+        torch.linalg.vector_norm(values, ord=torch.inf, out=self._norm)
+        return bool(torch.isfinite(self._norm).item())
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        if self._arriving is None:
+            return values
+        return self._arriving[: values.numel()].copy_(values, non_blocking=True)

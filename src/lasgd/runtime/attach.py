@@ -1,0 +1,231 @@
+"""`lasgd.attach`: from a model and its optimizer to an Averaging."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lasgd.algorithms import registry
+from lasgd.errors import ConfigurationError
+from lasgd.group.base import Group
+from lasgd.merge import rule as merge_rule
+from lasgd.pace import Pace
+from lasgd.replica import Replica
+from lasgd.runtime.averaging import Averaging
+from lasgd.tally import Tally
+
+_BROADCAST_BYTES = 16 * 2**20
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    samples: int,
+    batch_size: int,
+    algorithm: str = "lasgd",
+    merge: str = "full",
+    fragments: int | Literal["auto"] = "auto",
+    steps_per_round: float = 1.0,
+    evaluations: int = 0,
+    checkpoints: int = 0,
+    keep_mean: bool = False,
+    timeout_s: float = 60.0,
+    start_timeout_s: float = 120.0,
+    must_match: Mapping[str, Any] | None = None,
+    group: Group | None = None,
+) -> Averaging:
+    """Averages `model` with the other ranks' in the background of an ordinary training loop.
+
+    All ranks call it, with models of equal structure; rank 0's values are broadcast to the others. Use the result as a
+    context manager around the loop, and leave the loop when `averaging.finished`:
+
+        with lasgd.attach(model, optimizer, samples=1_000_000, batch_size=32) as averaging:
+            for x, y in loader:
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if averaging.finished:
+                    break
+        # here every replica is identical
+
+    samples          the budget of all ranks together; the run ends for all in the round that finds it reached
+    batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
+    algorithm        "lasgd", or "independent": no communication, the yardstick
+    merge            merge rule, see lasgd.merge
+    fragments        parts of the vector, one per round; "auto": the whole vector's delay in local steps, 1 to 20
+    steps_per_round  a round at most every so many local steps of the median rank
+    evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
+    keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one
+    timeout_s        seconds without a finished round after which the silent ranks are reported
+    start_timeout_s  seconds to wait for all ranks to start, and for the first round
+    must_match       settings of yours that have to be equal on all ranks
+    group            who is in; default: the ranks that torchrun's environment names
+
+    The optimizers keep their own state and may be any but LBFGS. Trainable parameters and persistent floating-point
+    buffers are averaged, frozen parameters and integer buffers are not.
+
+    Raises ConfigurationError for what cannot work on this rank, PeerError where ranks are missing or disagree; both
+    before the first local step.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _as_list(optimizer)
+    _check_numbers(samples=samples, batch_size=batch_size)
+    _check_positive(steps_per_round=steps_per_round, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
+    if fragments != "auto" and (not isinstance(fragments, int) or isinstance(fragments, bool) or fragments < 1):
+        raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
+    found = registry.find(algorithm)
+    tally = Tally(batch_size)
+    replica = Replica(model, tally, 1 if fragments == "auto" else fragments, merge_rule(merge))
+    _check_parameters(model, optimizers)
+
+    if group is None:
+        from lasgd.group import c10d
+
+        group = c10d.connect(start_timeout_s)
+    settings = {
+        "samples": samples,
+        "algorithm": algorithm,
+        "merge": merge,
+        "fragments": fragments,
+        "steps_per_round": steps_per_round,
+        **(must_match or {}),
+    }
+    try:
+        wait_equal_settings(group, settings, start_timeout_s)
+        wait_equal_models(group, replica.layout.describe(), start_timeout_s)
+        wait_broadcast_model(group, model, start_timeout_s)
+    except BaseException as error:
+        group.leave(f"{type(error).__name__}: {error}")
+        raise
+    pace = Pace(group.world_size, samples, steps_per_round, fragments, evaluations, checkpoints)
+    return Averaging(
+        model,
+        optimizers,
+        found,
+        group,
+        replica,
+        pace,
+        keep_mean=keep_mean,
+        timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
+    )
+
+
+def wait_equal_settings(group: Group, settings: Mapping[str, Any], timeout_s: float) -> None:
+    """Raises the same ConfigurationError on all ranks if any setting differs between them."""
+    all_settings = [json.loads(text) for text in group.wait_exchange("settings", _encode(settings), timeout_s)]
+    for rank, theirs in zip(group.members, all_settings, strict=True):
+        for key in sorted(all_settings[0].keys() | theirs.keys()):
+            ours = all_settings[0].get(key)
+            if theirs.get(key) != ours:
+                raise ConfigurationError(
+                    f"ranks disagree on {key}: rank {group.members[0]} has {ours!r}, rank {rank} has "
+                    f"{theirs.get(key)!r}. Start all ranks with the same settings"
+                )
+
+
+def wait_equal_models(group: Group, description: list[tuple[str, list[int], str]], timeout_s: float) -> None:
+    """Raises the same ConfigurationError on all ranks if the averaged tensors differ in name, shape, dtype or number."""
+    models = [json.loads(text) for text in group.wait_exchange("model", _encode(description), timeout_s)]
+    first, reference = group.members[0], models[0]
+    for rank, model in zip(group.members, models, strict=True):
+        if model == reference:
+            continue
+        counts = [sum(_elements(shape) for _, shape, _ in tensors) for tensors in (reference, model)]
+        what = next(
+            (
+                f"{_tensor(ours)} on rank {first}, {_tensor(theirs)} on rank {rank}"
+                for ours, theirs in zip(reference, model, strict=False)
+                if ours != theirs
+            ),
+            f"rank {first} has {len(reference)} tensors, rank {rank} has {len(model)}; the first that only one has is "
+            f"{_tensor((reference + model)[min(len(reference), len(model))] if len(reference) > len(model) else model[len(reference)])}",
+        )
+        raise ConfigurationError(
+            f"ranks disagree on the model: rank {first} has {counts[0]:,} averaged elements, rank {rank} has "
+            f"{counts[1]:,}. First difference: {what}. All replicas need the same model"
+        )
+
+
+def wait_broadcast_model(group: Group, model: nn.Module, timeout_s: float) -> None:
+    """Gives every rank rank 0's parameters and persistent buffers, bit for bit."""
+    tensors = [t for t in unique_state(model).values() if t.numel()]
+    batch: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        batch.append(tensor)
+        if index + 1 == len(tensors) or sum(t.nbytes for t in batch) >= _BROADCAST_BYTES:
+            _wait_broadcast(group, batch, timeout_s)
+            batch = []
+
+
+@torch.no_grad()
+def _wait_broadcast(group: Group, tensors: list[Tensor], timeout_s: float) -> None:
+    flat = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8).cpu() for t in tensors])
+    group.wait_broadcast(flat, group.members[0], timeout_s)
+    for tensor, received in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
+        # clone: a view of another dtype needs its memory aligned, and a piece of `flat` may begin anywhere
+        tensor.detach().copy_(received.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's live parameters and persistent buffers, tied ones once, under their first name."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+def _as_list(optimizers: Any) -> list[Optimizer]:
+    if not isinstance(optimizers, Sequence) or not optimizers:
+        raise ConfigurationError(
+            f"expected a torch.optim.Optimizer or several of them, got {type(optimizers).__name__}; "
+            "a wrapper's inner optimizer will do"
+        )
+    return list(optimizers)
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{name} should be a whole number from 1 on, got {value!r}")
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConfigurationError(f"{name} should be a positive number, got {value!r}")
+
+
+def _check_parameters(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    own = {id(p) for p in model.parameters()}
+    for index, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, Optimizer):
+            continue  # the hooks say what is wrong with it
+        strangers = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in own]
+        if strangers:
+            raise ConfigurationError(
+                f"optimizer {index} updates {len(strangers)} parameters that are not in the model, the first of shape "
+                f"{tuple(strangers[0].shape)}: they would not be averaged. Attach a module that holds them all, "
+                "for example nn.ModuleList([model, loss])"
+            )
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def _elements(shape: list[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _tensor(described: Sequence[Any]) -> str:
+    name, shape, dtype = described
+    return f"{name!r} {dtype} {tuple(shape)}"

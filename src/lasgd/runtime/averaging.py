@@ -1,0 +1,305 @@
+"""What `lasgd.attach` returns: the averaging of one rank, as its training loop sees it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lasgd.algorithms.registry import Algorithm
+from lasgd.algorithms.requests import Gradient, Update
+from lasgd.errors import ConfigurationError, PeerError, ProtocolError
+from lasgd.group.base import Group
+from lasgd.pace import End, Pace
+from lasgd.replica import Replica
+from lasgd.runtime.communicator import Communicator, Record
+from lasgd.runtime.hooks import OptimizerHooks
+from lasgd.runtime.means import MeanKeeper
+from lasgd.runtime.phase import Phase, PhaseTable
+
+STATE_VERSION = 1
+
+
+class Averaging:
+    """The averaging of one rank. Made by `lasgd.attach`; used by one thread, the one that trains.
+
+    Errors of the background (a lost rank, divergence) are raised by the optimizer's step, at the next step boundary,
+    or when the `with` block ends.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        algorithm: Algorithm,
+        group: Group,
+        replica: Replica,
+        pace: Pace,
+        keep_mean: bool,
+        timeout_s: float,
+        start_timeout_s: float,
+    ):
+        self.pace = pace
+        """What the ranks agree on. Read only."""
+        self.tally = replica.tally
+        """What this rank counts about itself. Read only."""
+        self.replica = replica
+        self.group = group
+        self.first_step_s: float | None = None
+        """time.monotonic() when the loop began: entering the `with` block."""
+        self._model, self._optimizers, self._algorithm = model, optimizers, algorithm
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._phase = PhaseTable(f"rank {group.rank} of {group.world_size}")
+        self._means = MeanKeeper(replica.layout.size, replica.layout.dtype)
+        if keep_mean:
+            self._means.keep()
+        self._recorders: list[Record] = []
+        self._communicator = Communicator(
+            algorithm.communicate(replica, pace),
+            group,
+            replica,
+            pace,
+            self._phase,
+            self._means,
+            timeout_s,
+            start_timeout_s,
+            self._record,
+        )
+        self._compute = algorithm.compute(replica, pace)
+        self._request: Any = None
+        self._pid = os.getpid()
+        self._is_averaged = False
+        self._hooks = OptimizerHooks(optimizers, self._gradient_is_there, self._step_is_done)
+        replica.on_recovery = self._forget_optimizer_state
+
+    # How far the run is
+
+    @property
+    def finished(self) -> bool:
+        """The end is agreed: leave the loop. The last exact average is taken when the `with` block ends."""
+        return self.pace.end is not None
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that all ranks together have processed, 0 to 1, as of the latest round."""
+        return self.pace.progress
+
+    @property
+    def checkpoint_due(self) -> int:
+        """Number of the newest checkpoint that all ranks have agreed to cut; 0: none yet."""
+        return self.pace.checkpoint
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.group.world_size
+
+    # The loop
+
+    def start(self) -> None:
+        """Begins; entering the `with` block does it. Rounds begin with the first complete gradient."""
+        self._phase.move("start", 0)
+        self._request = next(self._compute)
+        self.first_step_s = time.monotonic()
+        self.tally.start_clock(self.first_step_s)
+        self._communicator.start()
+
+    def step_boundary(self) -> None:
+        """Marks a step boundary by hand, where no hook does: a CUDA-graphed step, a hand-written update."""
+        self._hooks.boundary()
+
+    def stop(self) -> None:
+        """Asks all ranks to end early, in the same round. `finished` becomes true when they have agreed."""
+        self.tally.wants_stop = True
+        self._communicator.begin()
+
+    def on_record(self, record: Record) -> None:
+        """Calls record(kind, begin_s, end_s) for every `round` (communicator's thread) and `compute` step (this one)."""
+        self._recorders.append(record)
+
+    def on_evaluation(self, deliver: Callable[..., None]) -> None:
+        """Calls deliver(KeptMean) on the communicator's thread after each of `evaluations` equal parts of the budget."""
+        self._means.deliver_evaluations(deliver)
+
+    def _gradient_is_there(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked worker inherits the hooks, not the averaging
+        if self._phase.now is Phase.READY:
+            raise ConfigurationError("a step before the averaging has started: put the loop into `with averaging:`")
+        if isinstance(self._request, Gradient):
+            self._communicator.begin()
+            self._request = self._compute.send(None)
+        if not isinstance(self._request, Update):
+            raise ProtocolError(
+                f"rank {self.rank}: the algorithm asked for {self._request!r} between gradient and update"
+            )
+
+    def _step_is_done(self, skipped: int) -> None:
+        if os.getpid() != self._pid:
+            return
+        self._raise_failure()
+        now_s, begin_s = time.monotonic(), self.tally.boundary_s
+        self.tally.count_step(now_s)
+        self.tally.samples -= skipped * self.tally.batch_size
+        for record in self._recorders:
+            record("compute", begin_s, now_s)
+        self._request = self._compute.send(None)
+
+    # The end
+
+    def __enter__(self) -> Averaging:
+        """Starts, unless `start` has been called."""
+        if self._phase.now is Phase.READY:
+            self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Waits for the agreed end and shows the last exact average; after an error leaves at once."""
+        try:
+            if error is None:
+                self.wait_end()
+        except BaseException as failure:
+            self.close(f"{type(failure).__name__}: {failure}")
+            raise
+        self.close(None if error is None else f"{type(error).__name__}: {error}")
+
+    def wait_end(self) -> None:
+        """Takes no more local steps, answers the others until the agreed end, and shows the last exact average.
+
+        Ends because rounds do: a round that is not finished within timeout_s becomes the PeerError raised here.
+        Afterwards every replica is identical, if the end was not an early one (`stop`) and the algorithm averages.
+        """
+        if self._is_averaged:
+            return
+        begin_s = time.monotonic()
+        self.tally.has_left = True
+        if not self._algorithm.ends_identical and self.pace.end is None:
+            self.pace.count_alone(self.tally)
+        self._communicator.begin()
+        while not self._communicator.ended.wait(1.0):
+            if not self._communicator.is_alive() and not self._communicator.ended.is_set():
+                raise ProtocolError(f"rank {self.rank}: the communicator's thread is gone")
+        self._raise_failure()
+        if self.pace.end in (End.SAMPLES, End.LEFT) and self._algorithm.ends_identical:
+            self.replica.show_average()
+        self._is_averaged = True
+        # Before the agreed end this was waiting; after it there is nothing left to do.
+        self.tally.waited_s += max(0.0, (self._communicator.end_agreed_s or begin_s) - begin_s)
+
+    def wait_identical(self, timeout_s: float) -> bool:
+        """Compares the SHA-256 of what is averaged over all ranks; after `wait_end`, on all ranks."""
+        digest = self.replica.layout.content_digest().encode()
+        return len(set(self.group.wait_exchange("digest", digest, timeout_s))) == 1
+
+    def close(self, reason: str | None = None) -> None:
+        """Leaves at once and gives everything back; may be called twice. A `reason` reaches the other ranks' messages."""
+        if self._phase.now is Phase.CLOSED or os.getpid() != self._pid:
+            return
+        was_started = self._phase.now is not Phase.READY
+        self._hooks.remove()
+        self._communicator.close()
+        self._phase.move("close", self.pace.round)
+        self._compute.close()
+        if was_started and reason is None:
+            self._communicator.join(self._timeout_s)
+        self.group.leave(reason)
+
+    @property
+    def end_agreed_s(self) -> float | None:
+        """time.monotonic() of the round in which the end was agreed."""
+        return self._communicator.end_agreed_s
+
+    # Weights and state
+
+    def mean_weights(self) -> dict[str, Tensor]:
+        """A state dict of the mean of the replicas, a copy, for evaluation; what is not averaged is this rank's.
+
+        The mean is that of the latest cycle of rounds. The first call, unless `keep_mean=True`, waits for one cycle,
+        at most timeout_s, and counts as waiting; none after it does.
+        """
+        if self._is_averaged and self.pace.end is not End.STOP:
+            return self._state_with(None)
+        begin_s = time.monotonic()
+        vector = self._means.wait_vector(self._timeout_s, self._communicator.ended.is_set)
+        self.tally.waited_s += time.monotonic() - begin_s
+        if vector is None:
+            self._raise_failure()
+            raise PeerError(
+                f"rank {self.rank} of {self.world_size}: no whole mean has arrived within {self._timeout_s:g} s "
+                f"({self.pace.round} rounds finished). Rounds begin when every rank has its first gradient"
+            )
+        return self._state_with(vector)
+
+    @torch.no_grad()
+    def _state_with(self, vector: Tensor | None) -> dict[str, Tensor]:
+        return self.replica.layout.state_dict(self._model, vector)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's averaging, to be stored beside its model's and optimizers' state, at a step boundary.
+
+        Every rank stores its own: replicas differ. The tensor is a copy.
+        """
+        begin_s = time.monotonic()
+        residual = self.replica.wait_residual(self._timeout_s)
+        self.tally.waited_s += time.monotonic() - begin_s
+        return {
+            "version": STATE_VERSION,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "local_steps": self.tally.local_steps,
+            "samples": self.tally.samples,
+            "agreed_samples": self.pace.samples,
+            "round": self.pace.round,
+            "checkpoint": self.pace.checkpoint,
+            "evaluation": self.pace.evaluation,
+            "layout": self.replica.layout.digest(),
+            "residual": residual,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; on all ranks, each with its own, before the first local step.
+
+        Load the model's and the optimizers' state yourself, after `attach`, which has broadcast rank 0's values.
+        Raises ConfigurationError if the state is of another world size, rank, model or version.
+        """
+        if self.tally.local_steps or self._phase.now not in (Phase.READY, Phase.RUNNING):
+            raise ConfigurationError("load_state_dict comes before the first local step")
+        for key, now in (
+            ("version", STATE_VERSION),
+            ("world_size", self.world_size),
+            ("rank", self.rank),
+            ("layout", self.replica.layout.digest()),
+        ):
+            if state.get(key) != now:
+                raise ConfigurationError(
+                    f"rank {self.rank}: this state cannot be resumed: its {key} is {state.get(key)!r}, here it is {now!r}"
+                )
+        self.replica.load_residual(state["residual"])
+        self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"])
+        self.pace.resume(state["round"], state["agreed_samples"], state["checkpoint"], state["evaluation"])
+
+    # Small things
+
+    def _record(self, kind: str, begin_s: float, end_s: float) -> None:
+        for record in self._recorders:
+            record(kind, begin_s, end_s)
+
+    def _raise_failure(self) -> None:
+        failure = self._communicator.failure
+        if failure is not None:
+            raise failure
+
+    def _forget_optimizer_state(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.state.clear()

@@ -1,0 +1,155 @@
+"""The background thread: runs an algorithm's `communicate` over a group.
+
+It owns the group, the round's flat buffer and the agreement (`Pace`). What goes wrong here becomes a value,
+`failure`, that the training thread meets at its next step boundary. It never dies quietly: `ended` is always set.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+
+from lasgd.algorithms.requests import AllReduceMean, Answer, Failure, Mean, NextRound, Request, Stop
+from lasgd.errors import DivergenceError, LasgdError, PeerError, ProtocolError
+from lasgd.group.base import Group
+from lasgd.pace import Column, End, Pace
+from lasgd.replica import Replica
+from lasgd.runtime.means import MeanKeeper
+from lasgd.runtime.phase import PhaseTable
+
+Record = Callable[[str, float, float], None]
+"""(kind, begin_s, end_s), both of time.monotonic()."""
+
+
+class Communicator(threading.Thread):
+    """One rank's communicator."""
+
+    def __init__(
+        self,
+        algorithm: Generator[Request, Answer, None],
+        group: Group,
+        replica: Replica,
+        pace: Pace,
+        phase: PhaseTable,
+        means: MeanKeeper,
+        timeout_s: float,
+        start_timeout_s: float,
+        record: Record,
+    ):
+        super().__init__(name=f"lasgd-communicator-{group.rank}", daemon=True)
+        self.failure: LasgdError | None = None
+        self.ended = threading.Event()
+        self.end_agreed_s: float | None = None
+        """time.monotonic() of the round in which the end was agreed."""
+        self._algorithm, self._group, self._replica, self._pace = algorithm, group, replica, pace
+        self._phase, self._means, self._record = phase, means, record
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._begun = threading.Event()
+        self._closing = threading.Event()
+        self._joined_s: float | None = None
+        self._round_s = 0.0
+        self._buffer = replica.fences.host_buffer(0, replica.layout.dtype)
+
+    def begin(self) -> None:
+        """Training thread: the first gradient is there, rounds may begin. Until then the model may still be loaded."""
+        self._begun.set()
+
+    def close(self) -> None:
+        """Training thread: leave at the next opportunity, without the others' agreement."""
+        self._closing.set()
+        self._begun.set()
+
+    def run(self) -> None:
+        """The thread's body."""
+        try:
+            self._drive()
+            if self.failure is None and not self._closing.is_set():
+                self._note_end()
+                self._phase.move("average", self._pace.round)
+        except LasgdError as error:
+            self._fail(error)
+        except BaseException as error:  # whatever it is, the training thread must hear of it
+            wrapped = ProtocolError(f"{self._where()}: the communicator stopped: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self._fail(wrapped)
+        finally:
+            self._algorithm.close()
+            self.ended.set()
+
+    def _drive(self) -> None:
+        answer: Answer = None
+        while True:
+            try:
+                request = self._algorithm.send(answer)
+            except StopIteration:
+                return
+            self._note_end()
+            answer = self._answer(request)
+
+    def _answer(self, request: Request) -> Answer:
+        if isinstance(request, NextRound):
+            return self._wait_due(request.not_before_s)
+        if isinstance(request, AllReduceMean):
+            return self._all_reduce_mean(request)
+        raise ProtocolError(f"{self._where()}: the communicator cannot answer {type(request).__name__}")
+
+    def _wait_due(self, not_before_s: float) -> Stop | None:
+        self._begun.wait()  # ended by begin() or close(), which leaving the `with` block calls
+        if self.failure is None:
+            since_s = time.monotonic() - self._joined_s if self._joined_s is not None else not_before_s
+            self._closing.wait(max(0.0, not_before_s - since_s))
+        return Stop() if self._closing.is_set() or self.failure is not None else None
+
+    def _all_reduce_mean(self, request: AllReduceMean) -> Mean | Failure:
+        if self.failure is not None:
+            return Failure(self.failure)
+        replica, sent = self._replica, request.sent
+        vector = self._vector(sent.values.numel()).copy_(sent.values)
+        if sent.weight != 1.0:
+            vector.mul_(sent.weight)
+        header = self._pace.header(self._group.rank, replica.tally, sent.weight, replica.is_sitting_out, self._round_s)
+        begin_s = time.monotonic()
+        is_first = self._joined_s is None
+        try:
+            timeout_s = self._start_timeout_s if is_first else self._timeout_s
+            joined_s, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
+        except PeerError as error:
+            self._fail(PeerError(f"{self._where()}: {error}"))
+            return Failure(error)
+        self._record("round", begin_s, arrived_s)
+        self._joined_s, self._round_s = joined_s, arrived_s - joined_s
+        weight = header[:, Column.WEIGHT].sum().item()
+        if weight == 0:
+            return Mean(None, header)
+        mean = Mean(vector.div_(weight), header)
+        if not request.exact:
+            self._means.take(sent.begin, vector, self._pace)
+        return mean
+
+    def _vector(self, size: int):
+        """The round's buffer: as large as the largest fragment, replaced only when the vector is cut anew."""
+        largest = max(fragment.size for fragment in self._replica.fragments)
+        if self._buffer.numel() != largest:
+            self._buffer = self._replica.fences.host_buffer(largest, self._replica.layout.dtype)
+        return self._buffer[:size]
+
+    def _note_end(self) -> None:
+        if self._pace.end is None or self.end_agreed_s is not None:
+            return
+        self.end_agreed_s = time.monotonic()
+        self._phase.move("agree_end", self._pace.round)
+        if self._pace.end is End.DIVERGED:
+            raise DivergenceError(
+                f"{self._where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
+                "Lower the learning rate, lengthen the warm-up or clip gradients; the latest checkpoint is older than this"
+            )
+
+    def _fail(self, error: LasgdError) -> None:
+        if self.failure is None:
+            self.failure = error
+            if not self._closing.is_set():
+                self._phase.move("fail", self._pace.round)
+
+    def _where(self) -> str:
+        return f"rank {self._group.rank} of {self._group.world_size}: round {self._pace.round + 1}"

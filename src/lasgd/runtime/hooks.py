@@ -1,0 +1,122 @@
+"""The step boundary of an ordinary training loop, found through its optimizers' hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lasgd.errors import ConfigurationError
+
+WARN_AFTER_STEPS = 100
+
+
+class OptimizerHooks:
+    """Calls `before()` when a gradient is complete and `after(skipped)` at the step boundary.
+
+    With several optimizers both come once per turn, a turn being complete when each of them has stepped: between two
+    of them the graph of a forward pass may be alive, and changing parameters would break its backward.
+
+    A step that raises has no post hook; the turn then goes on with the retry. `skipped` counts the steps up to now
+    that a GradScaler had a fused optimizer skip, and that have not been reported yet.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[int], None]):
+        for optimizer in optimizers:
+            _check(optimizer)
+        self._before, self._after = before, after
+        self._has_stepped = dict.fromkeys(map(id, optimizers), False)
+        self._is_turn_open = False
+        self._steps_without_boundary = 0
+        self._skipped = SkippedSteps()
+        self._handles = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._on_pre))
+            self._handles.append(optimizer.register_step_post_hook(self._on_post))
+
+    def boundary(self) -> None:
+        """Ends the turn now, whoever has stepped: for loops whose steps run no hooks (CUDA graphs)."""
+        self._open_turn()
+        self._close_turn()
+
+    def remove(self) -> None:
+        """Leaves the optimizers as they were. May be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _on_pre(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._open_turn()
+
+    def _on_post(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._skipped.note(getattr(optimizer, "found_inf", None))
+        self._has_stepped[id(optimizer)] = True
+        if all(self._has_stepped.values()):
+            self._close_turn()
+            return
+        self._steps_without_boundary += 1
+        if self._steps_without_boundary == WARN_AFTER_STEPS:
+            idle = [i for i, stepped in enumerate(self._has_stepped.values()) if not stepped]
+            warnings.warn(
+                f"no step boundary in {WARN_AFTER_STEPS} optimizer steps: optimizer {idle} of those given to "
+                "lasgd.attach does not step. Attach only what steps, or call averaging.step_boundary() yourself",
+                stacklevel=2,
+            )
+
+    def _open_turn(self) -> None:
+        if not self._is_turn_open:
+            self._is_turn_open = True
+            self._before()
+
+    def _close_turn(self) -> None:
+        self._is_turn_open = False
+        self._steps_without_boundary = 0
+        self._has_stepped = dict.fromkeys(self._has_stepped, False)
+        self._after(self._skipped.take())
+
+
+class SkippedSteps:
+    """How many steps a GradScaler skipped inside a fused optimizer: it leaves `found_inf` on the optimizer.
+
+    On a GPU the flag is copied to pinned memory and read when it has arrived, at a later step: nothing waits.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._travelling: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def note(self, found_inf: Tensor | None) -> None:
+        """Takes in one step's flag; None where no GradScaler is at work."""
+        if found_inf is None:
+            return
+        if not found_inf.is_cuda:
+            self._count += bool(found_inf.item())
+            return
+        host = torch.empty((), dtype=found_inf.dtype, pin_memory=True)
+        host.copy_(found_inf.reshape(()), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._travelling.append((event, host))
+
+    def take(self) -> int:
+        """Skipped steps that have become known since the last call."""
+        while self._travelling and self._travelling[0][0].query():
+            self._count += bool(self._travelling.popleft()[1].item())
+        count, self._count = self._count, 0
+        return count
+
+
+def _check(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigurationError(
+            "LBFGS evaluates its closure many times within one step and keeps a history of differences that averaging "
+            "would falsify; use a first-order optimizer"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; a wrapper's inner optimizer will do"
+        )

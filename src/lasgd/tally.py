@@ -1,0 +1,67 @@
+"""What one rank counts about itself: written by its training thread, read by its communicator for the header."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Staleness:
+    """Local steps between a snapshot and the merge of its correction, over all merges so far."""
+
+    merges: int = 0
+    total_steps: int = 0
+    max_steps: int = 0
+
+    def add(self, steps: int) -> None:
+        """Counts one merge of one fragment."""
+        self.merges += 1
+        self.total_steps += steps
+        self.max_steps = max(self.max_steps, steps)
+
+    @property
+    def mean_steps(self) -> float:
+        """0 before the first merge."""
+        return self.total_steps / self.merges if self.merges else 0.0
+
+
+@dataclass
+class Tally:
+    """One rank's counters. Plain numbers: another thread reads either the old or the new one."""
+
+    batch_size: int
+    local_steps: int = 0
+    samples: int = 0
+    step_s: float = 0.0
+    """Seconds of a local step, boundary to boundary, median of the latest nine; 0 before the first."""
+    waited_s: float = 0.0
+    """Seconds in which the training thread stood still for the network, a lock or another rank."""
+    staleness: Staleness = field(default_factory=Staleness)
+    has_left: bool = False
+    """The rank takes no more local steps; its replica goes on answering as it is."""
+    wants_stop: bool = False
+    """The rank asks all ranks to end early (Ctrl-C)."""
+    saved_checkpoint: int = 0
+    """Number of the newest checkpoint that this rank has on disk."""
+
+    boundary_s: float = 0.0
+    """time.monotonic() of the latest step boundary, or of the start."""
+    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=9), repr=False)
+
+    def count_step(self, now_s: float) -> None:
+        """One more step boundary, at `now_s`."""
+        self.local_steps += 1
+        self.samples += self.batch_size
+        self._recent_s.append(now_s - self.boundary_s)
+        self.step_s = statistics.median(self._recent_s)
+        self.boundary_s = now_s
+
+    def start_clock(self, now_s: float) -> None:
+        """The first step begins at `now_s`."""
+        self.boundary_s = now_s
+
+    def resume(self, local_steps: int, samples: int, checkpoint: int) -> None:
+        """Goes on from a checkpoint's counts."""
+        self.local_steps, self.samples, self.saved_checkpoint = local_steps, samples, checkpoint

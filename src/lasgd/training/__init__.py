@@ -1,0 +1,1 @@
+"""The image-classification recipe: data, models, loop, evaluation, checkpoints, run folder."""

@@ -1,0 +1,91 @@
+"""The settings of a training run: one frozen object for the command line, the config file, the ranks and the run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Everything that decides a run. Paths are kept as given; `--out` and `--config` belong to the command."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    data: str = "digits"
+    """`digits` (bundled), a folder with train/<class>/* and val/<class>/*, or a .tar, .tar.gz, .tar.xz of one."""
+    image_size: Annotated[int, Field(ge=4)] | None = None
+    """Pixels a side; default: the images' own size where all of them share one up to 96, else 224."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Worker processes per rank that decode and augment images."""
+
+    model: str = "resnet20"
+    """`resnet20`, `resnet56`, `cnn4`, or an import path `package.module:callable`, called with num_classes=."""
+    norm: Literal["group", "batch"] = "group"
+    """Normalisation of the built-in models."""
+
+    algorithm: str = "lasgd"
+    """How the ranks come to agree; `independent` never communicates (the yardstick for retention)."""
+    merge: str = "full"
+    """Merge rule: how much of a correction the replica shows at the step boundary."""
+    fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    """Parts of the vector, one averaged per round; auto: the whole vector's delay in local steps, 1 to 20."""
+    steps_per_round: Positive = 1.0
+    """A round at most every so many local steps of the median rank."""
+    ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Local ranks to start; under torchrun the environment decides."""
+
+    samples: Annotated[int, Field(ge=1)] | None = None
+    """Budget: samples of all ranks together."""
+    epochs: Positive | None = None
+    """Budget in passes over the training data, instead of samples; default 30 for digits, 10 otherwise."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Samples of one local step of one rank."""
+
+    lr: Positive = 0.1
+    """Peak learning rate, reached after the warm-up; a cosine of global progress takes it to zero."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the budget over which the learning rate rises linearly."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    condition: str = "fast"
+    """`fast`, or joined with `+`: link=20mbit, step=100ms, straggler=last:4x, stall=1s@1%, round=1s."""
+
+    evaluations: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """Means saved during the run, at equal distances in samples, and evaluated after it."""
+    checkpoints: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """Checkpoints cut during the run, at equal distances in samples; Ctrl-C cuts one more."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda` (one GPU per local rank)."""
+    timeout_s: Positive = 60.0
+    """Seconds without a finished round after which the silent ranks are reported."""
+    start_timeout_s: Positive = 120.0
+    """Seconds to wait for all ranks to start."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Settings:
+        if self.samples is not None and self.epochs is not None:
+            raise ValueError("give --samples or --epochs, not both")
+        return self
+
+    @field_validator("data")
+    @classmethod
+    def _expand_home(cls, data: str) -> str:
+        return os.path.expanduser(data)
+
+
+OWN_TO_A_RANK = frozenset({"ranks", "workers", "timeout_s", "start_timeout_s", "device"})
+"""Settings in which ranks (and a resumed run) may differ."""
+
+
+def default_out(settings: Settings, stamp: str) -> Path:
+    """The run folder where none is given: runs/<data>-<model>-<algorithm>-<stamp>."""
+    data = Path(settings.data).name.split(".")[0]
+    return Path("runs") / f"{data}-{settings.model.split(':')[-1]}-{settings.algorithm}-{stamp}"
