@@ -9,6 +9,7 @@ dimension: a row range is a view whatever the strides.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class Layout:
         cuts.append(self.size)
         return [
             Fragment(index, begin, end, tuple(self._pieces(begin, end)))
-            for index, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for index, (begin, end) in enumerate(itertools.pairwise(cuts))
         ]
 
     def _nearest_row(self, at: int) -> int:
@@ -173,7 +174,7 @@ class Layout:
 
 
 def _averaged_tensors(model: nn.Module):
-    """(name, owner, key, tensor) of trainable parameters and of persistent float buffers, tied ones once; and the frozen."""
+    """(name, owner, key, tensor) of trainable parameters and of persistent float buffers, tied once; the frozen."""
     parameters, buffers, frozen, seen = [], [], [], set()
     for prefix, owner in model.named_modules():
         where = f"{prefix}." if prefix else ""

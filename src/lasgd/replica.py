@@ -259,7 +259,8 @@ class Replica:
         """Takes over the contents of a residual that `wait_residual` has given; before the first round only."""
         if residual.shape != self._residual.shape:
             raise ConfigurationError(
-                f"the checkpoint's residual has {residual.numel()} elements, this model's has {self._residual.numel()}; "
+                f"the checkpoint's residual has {residual.numel()} elements, "
+                f"this model's has {self._residual.numel()}; "
                 "resume needs the model that the checkpoint was written with"
             )
         with self._lock:

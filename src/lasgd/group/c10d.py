@@ -7,7 +7,9 @@ addresses left in the store by the dead would be taken for the living.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,7 +46,8 @@ def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store]:
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", -1)
     if not host or port < 0:
         raise ConfigurationError(
-            f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where rank 0 is; start with torchrun"
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where rank 0 is; "
+            "start with torchrun"
         )
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -139,7 +142,12 @@ class C10dGroup:
             return
         if reason:
             self._try_set(f"reason/{self.rank}", reason)
-        self._gloo = None
+        self._abort()
+
+    def _abort(self) -> None:
+        gloo, self._gloo = self._gloo, None
+        if gloo is not None:
+            gloo.abort()  # closes the connections, so that whoever waits for this rank hears of it at once
 
     def _guarded(self, collective: Callable, what: str, timeout_s: float):
         if self._gloo is None:
@@ -149,9 +157,9 @@ class C10dGroup:
             return collective()
         except RuntimeError as error:
             after_s = time.monotonic() - begin_s
-            self._gloo = None  # poisoned: its pairs are out of step
+            self._abort()  # poisoned: its pairs are out of step
             raise PeerError(
-                f"{what} not finished after {after_s:.1f} s (gloo: {_first_line(error)}). {self._who_is_silent()} "
+                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). {self._who_is_silent()} "
                 f"Raise timeout_s (now {timeout_s:g}) if the link is slow; see docs/footguns.md#silent-rank"
             ) from error
 
@@ -160,11 +168,13 @@ class C10dGroup:
         self._try_set(f"noticed/{self.rank}", "1")
         deadline_s = time.monotonic() + patience_s
         silent = list(self.members)
-        while silent and time.monotonic() < deadline_s:
-            silent = [r for r in silent if not self._holds(f"noticed/{r}") and not self._holds(f"reason/{r}")]
+        while silent and not self._reasons() and time.monotonic() < deadline_s:
+            silent = [rank for rank in silent if not self._holds(f"noticed/{rank}")]
             time.sleep(0.05)
+        if reasons := self._reasons():
+            return reasons.strip()
         heard = [rank for rank in self.members if rank not in silent]
-        return f"Last heard from {_ranks(heard)}; silent: {_ranks(silent)}.{self._reasons()}"
+        return f"Last heard from {_ranks(heard)}; silent: {_ranks(silent)}."
 
     def _reasons(self) -> str:
         reasons = [(r, self._store.get(f"reason/{r}").decode()) for r in self.members if self._holds(f"reason/{r}")]
@@ -177,10 +187,9 @@ class C10dGroup:
             return False  # the store itself is gone, and with it whatever it held
 
     def _try_set(self, key: str, value: str) -> None:
-        try:
+        # If the store's host is gone, nobody is left to read the message.
+        with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(key, value)
-        except (dist.DistError, RuntimeError):
-            pass
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -194,4 +203,6 @@ def _megabytes(tensor: Tensor) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].split("[")[-1].split("] ")[-1][:160]
+    """Gloo's message without source positions, addresses and advice."""
+    text = str(error).strip().splitlines()[0].split(" This is typically")[0]
+    return re.sub(r"\[[^\]]*\](:\d+)?:?\s*", "", text).strip(" .")[:160] or type(error).__name__

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lasgd.errors import PeerError
@@ -17,10 +16,9 @@ from lasgd.group.cost import broadcast_s, ring_all_reduce_s
 class PaddedGroup(Group):
     """Wraps any group: all-reduces and broadcasts go through it and then sleep until their emulated time is over.
 
-    - `round_s`: an all-reduce of `vector_bytes` takes at least this long, of a part its share. The payload is the first
-      tensor of the call; a header travels free, so a call with one float64 table alone is not padded.
-    - `bandwidth_bytes_per_s`, `latency_s`: every all-reduce takes at least the ring's time for all its tensors, headers
-      included, and every broadcast at least the time in which the bytes can reach everybody (`group/cost.py`).
+    - `round_s`: an all-reduce of `vector_bytes` takes at least this long, of a part its share. The header travels free.
+    - `bandwidth_bytes_per_s`, `latency_s`: every all-reduce takes at least the ring's time for all its bytes, the
+      header's included, and every broadcast at least the time in which its bytes can reach everybody (`group/cost.py`).
 
     With both, the longer of the two. Everything else is the wrapped group's. Only `wait_...` methods sleep.
     """
@@ -33,7 +31,7 @@ class PaddedGroup(Group):
         round_s: float | None = None,
         bandwidth_bytes_per_s: float | None = None,
         latency_s: float = 0.0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`vector_bytes` is the size of the whole vector as it counts for `round_s`. Takes over `group`.
@@ -65,21 +63,28 @@ class PaddedGroup(Group):
         """How many ranks the run has."""
         return self._group.world_size
 
-    def wait_all_reduce(self, tensors: Sequence[Tensor], timeout_s: float) -> None:
-        """As the wrapped group's; ends later. PeerError if the emulated time does not fit into `timeout_s`."""
+    def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
+        """As the wrapped group's, but the vector arrives later. PeerError if that does not fit into `timeout_s`."""
         deadline_s = self._clock() + timeout_s
-        self._group.wait_all_reduce(tensors, timeout_s)
-        self._wait_padding(self._all_reduce_s(tensors), deadline_s, timeout_s, "all-reduce", _n_bytes(tensors))
+        joined_s, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
+        # The emulated time runs from when the last member joined, as on a slow link. This rank's own beginning would
+        # be too early: after waiting for a straggler for longer than the padding it would get its mean for free.
+        end_s = joined_s + self._all_reduce_s(header, vector)
+        if end_s <= arrived_s:
+            return joined_s, arrived_s
+        self._wait_until(end_s, deadline_s, timeout_s, "all-reduce", vector.nbytes)
+        return joined_s, self._clock()
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
-        """As the wrapped group's; ends later. PeerError if the emulated time does not fit into `timeout_s`."""
+        """As the wrapped group's, but ends later. PeerError if that does not fit into `timeout_s`."""
         deadline_s = self._clock() + timeout_s
         self._group.wait_broadcast(tensor, source, timeout_s)
-        padding_s = 0.0
-        if self._bandwidth_bytes_per_s is not None:
-            members = len(self._group.members)
-            padding_s = broadcast_s(tensor.nbytes, members, self._latency_s, self._bandwidth_bytes_per_s)
-        self._wait_padding(padding_s, deadline_s, timeout_s, "broadcast", tensor.nbytes)
+        if self._bandwidth_bytes_per_s is None:
+            return
+        # Who joined when is not known here, so the time runs from the end: too long by the real broadcast, never short.
+        members = len(self._group.members)
+        end_s = self._clock() + broadcast_s(tensor.nbytes, members, self._latency_s, self._bandwidth_bytes_per_s)
+        self._wait_until(end_s, deadline_s, timeout_s, "broadcast", tensor.nbytes)
 
     def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
         """The wrapped group's, not padded: kilobytes at the start of a run."""
@@ -89,40 +94,23 @@ class PaddedGroup(Group):
         """Leaves at once; may be called twice."""
         self._group.leave(reason)
 
-    def _all_reduce_s(self, tensors: Sequence[Tensor]) -> float:
+    def _all_reduce_s(self, header: Tensor, vector: Tensor) -> float:
         seconds = 0.0
-        if self._round_s is not None and tensors and not _is_header_only(tensors):
-            seconds = self._round_s * tensors[0].nbytes / self._vector_bytes
+        if self._round_s is not None:
+            seconds = self._round_s * vector.nbytes / self._vector_bytes
         if self._bandwidth_bytes_per_s is not None:
-            members = len(self._group.members)
-            link_s = ring_all_reduce_s(_n_bytes(tensors), members, self._latency_s, self._bandwidth_bytes_per_s)
+            n_bytes, members = header.nbytes + vector.nbytes, len(self._group.members)
+            link_s = ring_all_reduce_s(n_bytes, members, self._latency_s, self._bandwidth_bytes_per_s)
             seconds = max(seconds, link_s)
         return seconds
 
-    def _wait_padding(self, padding_s: float, deadline_s: float, timeout_s: float, what: str, n_bytes: int) -> None:
-        # Called when the wrapped collective has just ended, and counted from there. On a slow link the time runs from
-        # when the last member joined, and that is not known here: this rank's own beginning is too early (it may have
-        # waited for a straggler for longer than the padding, and would then get its mean for free), and the members'
-        # clocks need not agree. The end of the wrapped collective is the one moment at which each member can tell that
-        # all have joined. It is too late by the wrapped collective's own time, milliseconds on loopback, and so errs
-        # on the slow side, against the algorithm that is measured.
-        if padding_s <= 0:
-            return
-        end_s = self._clock() + padding_s
+    def _wait_until(self, end_s: float, deadline_s: float, timeout_s: float, what: str, n_bytes: int) -> None:
         while (left_s := min(end_s, deadline_s) - self._clock()) > 0:
             self._sleep(left_s)
         if end_s > deadline_s:
             others = ", ".join(str(member) for member in self._group.members if member != self._group.rank)
             raise PeerError(
-                f"rank {self._group.rank} of {self.world_size}: {what} of {n_bytes / 1e6:.3g} MB not finished after "
-                f"{timeout_s:.1f} s (emulated link: it takes {padding_s:.1f} s once all have joined). Waited for ranks "
-                f"{others or 'none'}. Raise timeout_s, or choose a quicker condition."
+                f"{what} of {n_bytes / 1e6:.3g} MB not finished after {timeout_s:.1f} s on the emulated link; it would "
+                f"have been {end_s - deadline_s:.1f} s later. Waited for ranks {others or 'none'}. Raise timeout_s, or "
+                f"choose a quicker condition"
             )
-
-
-def _is_header_only(tensors: Sequence[Tensor]) -> bool:
-    return len(tensors) == 1 and tensors[0].dtype == torch.float64 and tensors[0].dim() == 2
-
-
-def _n_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -130,25 +131,18 @@ def wait_equal_settings(group: Group, settings: Mapping[str, Any], timeout_s: fl
 
 
 def wait_equal_models(group: Group, description: list[tuple[str, list[int], str]], timeout_s: float) -> None:
-    """Raises the same ConfigurationError on all ranks if the averaged tensors differ in name, shape, dtype or number."""
+    """Raises the same ConfigurationError on all ranks if an averaged tensor differs in name, shape or dtype."""
     models = [json.loads(text) for text in group.wait_exchange("model", _encode(description), timeout_s)]
     first, reference = group.members[0], models[0]
     for rank, model in zip(group.members, models, strict=True):
         if model == reference:
             continue
         counts = [sum(_elements(shape) for _, shape, _ in tensors) for tensors in (reference, model)]
-        what = next(
-            (
-                f"{_tensor(ours)} on rank {first}, {_tensor(theirs)} on rank {rank}"
-                for ours, theirs in zip(reference, model, strict=False)
-                if ours != theirs
-            ),
-            f"rank {first} has {len(reference)} tensors, rank {rank} has {len(model)}; the first that only one has is "
-            f"{_tensor((reference + model)[min(len(reference), len(model))] if len(reference) > len(model) else model[len(reference)])}",
-        )
+        ours, theirs = next(pair for pair in itertools.zip_longest(reference, model) if pair[0] != pair[1])
         raise ConfigurationError(
             f"ranks disagree on the model: rank {first} has {counts[0]:,} averaged elements, rank {rank} has "
-            f"{counts[1]:,}. First difference: {what}. All replicas need the same model"
+            f"{counts[1]:,}. First difference: {_tensor(ours)} on rank {first}, {_tensor(theirs)} on rank {rank}. "
+            "All replicas need the same model"
         )
 
 
@@ -226,6 +220,8 @@ def _elements(shape: list[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _tensor(described: Sequence[Any]) -> str:
+def _tensor(described: Sequence[Any] | None) -> str:
+    if described is None:
+        return "nothing more"
     name, shape, dtype = described
     return f"{name!r} {dtype} {tuple(shape)}"

@@ -125,11 +125,11 @@ class Averaging:
         self._communicator.begin()
 
     def on_record(self, record: Record) -> None:
-        """Calls record(kind, begin_s, end_s) for every `round` (communicator's thread) and `compute` step (this one)."""
+        """Calls record(kind, begin_s, end_s) for each `round` (communicator's thread) and `compute` step (this one)."""
         self._recorders.append(record)
 
     def on_evaluation(self, deliver: Callable[..., None]) -> None:
-        """Calls deliver(KeptMean) on the communicator's thread after each of `evaluations` equal parts of the budget."""
+        """Calls deliver(KeptMean) on the communicator's thread after each of `evaluations` parts of the budget."""
         self._means.deliver_evaluations(deliver)
 
     def _gradient_is_there(self) -> None:
@@ -203,7 +203,7 @@ class Averaging:
         return len(set(self.group.wait_exchange("digest", digest, timeout_s))) == 1
 
     def close(self, reason: str | None = None) -> None:
-        """Leaves at once and gives everything back; may be called twice. A `reason` reaches the other ranks' messages."""
+        """Leaves at once and gives everything back; may be called twice. The others are told the `reason`."""
         if self._phase.now is Phase.CLOSED or os.getpid() != self._pid:
             return
         was_started = self._phase.now is not Phase.READY
@@ -283,7 +283,8 @@ class Averaging:
         ):
             if state.get(key) != now:
                 raise ConfigurationError(
-                    f"rank {self.rank}: this state cannot be resumed: its {key} is {state.get(key)!r}, here it is {now!r}"
+                    f"rank {self.rank}: this state cannot be resumed: its {key} is {state.get(key)!r}, "
+                    f"here it is {now!r}"
                 )
         self.replica.load_residual(state["residual"])
         self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"])

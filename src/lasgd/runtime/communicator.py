@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator
 
 from lasgd.algorithms.requests import AllReduceMean, Answer, Failure, Mean, NextRound, Request, Stop
-from lasgd.errors import DivergenceError, LasgdError, PeerError, ProtocolError
+from lasgd.errors import ConfigurationError, DivergenceError, LasgdError, PeerError, ProtocolError
 from lasgd.group.base import Group
 from lasgd.pace import Column, End, Pace
 from lasgd.replica import Replica
@@ -105,6 +105,11 @@ class Communicator(threading.Thread):
         if self.failure is not None:
             return Failure(self.failure)
         replica, sent = self._replica, request.sent
+        if any(parameter.requires_grad for parameter in replica.layout.frozen):
+            raise ConfigurationError(
+                f"{self._where()}: a parameter that was frozen when lasgd.attach was called is trainable now, and "
+                "would not be averaged. End this averaging and attach anew after unfreezing"
+            )
         vector = self._vector(sent.values.numel()).copy_(sent.values)
         if sent.weight != 1.0:
             vector.mul_(sent.weight)
@@ -142,7 +147,7 @@ class Communicator(threading.Thread):
         if self._pace.end is End.DIVERGED:
             raise DivergenceError(
                 f"{self._where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
-                "Lower the learning rate, lengthen the warm-up or clip gradients; the latest checkpoint is older than this"
+                "Lower the learning rate, lengthen the warm-up or clip gradients; the latest checkpoint is older"
             )
 
     def _fail(self, error: LasgdError) -> None:

@@ -60,7 +60,7 @@ class MeanKeeper:
                 self._kept = Collection(self._size, self._dtype)
 
     def deliver_evaluations(self, deliver: Callable[[KeptMean], None]) -> None:
-        """Before the start: collect a mean whenever an evaluation is due, and hand it over on the communicator's thread."""
+        """Before the start: collect a mean when an evaluation is due, and hand it over on the communicator's thread."""
         self._deliver = deliver
 
     def take(self, begin: int, values: Tensor, pace: Pace) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a training run: one frozen object for the command line, the config file, the ranks and the run folder."""
+"""The settings of a training run: one frozen object for command line, config file, ranks and run folder."""
 
 from __future__ import annotations
 

@@ -1,0 +1,214 @@
+"""`lasgd train`: from options to ranks. What can be found wrong before a rank starts is found here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from lasgd.cli import config as sources
+from lasgd.errors import ConfigurationError, LasgdError, unknown
+from lasgd.training.settings import Settings, default_out
+
+DEFAULT_RANKS = 4
+
+HELP = (
+    "Train an image classifier on several ranks, none of which waits for another.\n\n"
+    f"Starts --ranks local ranks (default {DEFAULT_RANKS}) and supervises them. Under torchrun, this process is one of "
+    "the ranks that torchrun started, and --out is needed, the same for all of them."
+)
+
+_FOLDER = Group("Run folder and config file", sort_key=0)
+_SETTINGS = Group("Settings", sort_key=1)
+_OUT = "The run folder, new or empty. Default: runs/DATA-MODEL-ALGORITHM-TIME."
+_RESUME = (
+    "Continue the run in this folder from its newest checkpoint, with its settings; --out is the same folder then."
+)
+_CONFIG = "A TOML file of settings, such as batch-size = 64. Options on the command line win over it."
+
+
+def train(
+    *,
+    out: Annotated[Path | None, Parameter(group=_FOLDER, help=_OUT)] = None,
+    resume: Annotated[Path | None, Parameter(group=_FOLDER, help=_RESUME)] = None,
+    config: Annotated[Path | None, Parameter(group=_FOLDER, help=_CONFIG)] = None,
+    settings: Annotated[Settings | None, Parameter(name="*", group=_SETTINGS)] = None,
+) -> int:
+    """Trains as `HELP` says; returns the exit code. Raises LasgdError, ConfigurationError before any rank starts."""
+    given = {} if settings is None else {name: getattr(settings, name) for name in settings.model_fields_set}
+    stored = None if resume is None else sources.read_stored(resume)
+    merged = sources.combine(given, {} if config is None else sources.read_config(config), stored)
+    world_size, rank = _world(os.environ)
+    under_torchrun = rank is not None
+    if world_size is None:
+        world_size = merged.ranks or DEFAULT_RANKS
+    ranks_were_chosen = merged.ranks is not None and (stored is None or merged.ranks != stored.ranks)
+    if ranks_were_chosen and merged.ranks != world_size:
+        raise ConfigurationError(
+            f"--ranks {merged.ranks} disagrees with torchrun, which started {world_size} (WORLD_SIZE). "
+            "Leave --ranks out."
+        )
+    if stored is not None and stored.ranks is not None and stored.ranks != world_size:
+        raise ConfigurationError(
+            f"--resume: the run in {resume} has {stored.ranks} ranks, this would have {world_size}. "
+            f"Resume it with {stored.ranks}."
+        )
+    merged = merged.model_copy(update={"ranks": world_size})
+    check(merged, world_size)
+    if not under_torchrun:
+        check_data_and_model(merged)  # once; under torchrun each rank does it for itself
+    out = out or resume
+    if under_torchrun and out is None:
+        raise ConfigurationError("under torchrun all ranks need the same run folder: give --out DIR.")
+    out = out or _new_default(merged)
+
+    if rank in (None, 0):
+        prepare_folder(out, resume)
+    with _explaining_surprises(out):
+        if under_torchrun:
+            return _run_one_rank(merged, out, resume, rank or 0)
+        from lasgd.lab.launch import has_checkpoint, launch
+        from lasgd.lab.supervisor import INTERRUPTED
+
+        print(
+            f"{merged.algorithm} on {merged.data}, {world_size} {_ranks(world_size)}; results go to {out}", flush=True
+        )
+        code = launch(merged, out, resume, world_size)
+        if code == INTERRUPTED and has_checkpoint(out):
+            print(f"interrupted; go on with: lasgd train --resume {out}", file=sys.stderr)
+        return code
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Finds options that cannot work, alone or together. Raises ConfigurationError."""
+    if settings.samples is not None and settings.samples < world_size * settings.batch_size:
+        raise ConfigurationError(
+            f"--samples: {settings.samples:,} is less than one batch on every rank: {world_size} {_ranks(world_size)} "
+            f"times a batch of {settings.batch_size} need at least {world_size * settings.batch_size:,}."
+        )
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise unknown("device", settings.device, ("auto", "cpu", "cuda"))
+    from lasgd.lab import conditions
+
+    conditions.parse(settings.condition).check(world_size)
+
+    from lasgd import merge
+    from lasgd.algorithms import registry
+
+    registry.find(settings.algorithm)
+    merge.rule(settings.merge)
+
+
+def check_data_and_model(settings: Settings) -> None:
+    """Opens the data, which unpacks an archive before the ranks want it, and makes the model once.
+
+    Raises ConfigurationError, DataError.
+    """
+    from lasgd.training.data import open_data
+    from lasgd.training.models import build_model
+
+    build_model(settings.model, num_classes=10, channels=3, norm=settings.norm)
+    if settings.data != "digits" or settings.image_size is not None:  # digits alone are sound, and take a second
+        if Path(settings.data).is_file():
+            print(f"opening {settings.data}; an archive is unpacked the first time", flush=True)
+        open_data(settings.data, settings.image_size)
+
+
+def prepare_folder(out: Path, resume: Path | None) -> None:
+    """Creates the run folder. Raises ConfigurationError where `out` holds something that this run would write over."""
+    if resume is not None:
+        from lasgd.lab.launch import has_checkpoint
+
+        if not has_checkpoint(resume):
+            raise ConfigurationError(f"--resume: {resume} holds no checkpoint to continue from.")
+    continues = resume is not None and out.exists() and out.samefile(resume)
+    try:
+        if out.is_dir() and any(out.iterdir()) and not continues:
+            raise ConfigurationError(
+                f"--out: {out} is not empty. Name another folder, remove it, or continue its run with --resume {out}."
+            )
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"--out: {out} cannot be used as a folder: {error.strerror or error}.") from error
+
+
+def _world(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """(world_size, rank) as torchrun sets them, (None, None) without torchrun."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None, None
+    try:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    except ValueError:
+        rank, world_size = -1, 0
+    if not 0 <= rank < world_size:
+        raise ConfigurationError(
+            f"RANK={environment['RANK']} and WORLD_SIZE={environment['WORLD_SIZE']} in the environment make no sense "
+            "together; expected 0 <= RANK < WORLD_SIZE, as torchrun sets them."
+        )
+    return world_size, rank
+
+
+def _run_one_rank(settings: Settings, out: Path, resume: Path | None, rank: int) -> int:
+    from lasgd.lab.conditions import parse
+    from lasgd.lab.rank_process import record_error
+    from lasgd.training.rank import run_rank
+    from lasgd.training.run_folder import write_json_atomically
+
+    try:
+        if rank == 0:
+            write_json_atomically(out / "settings.json", settings.model_dump(mode="json"))
+        emulated = parse(settings.condition).bandwidth_bytes_per_s is not None
+        return run_rank(settings, out, resume, "user space" if emulated else "none")
+    except Exception as error:
+        record_error(error)  # for torchrun's report
+        raise
+
+
+def _new_default(settings: Settings) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    out, number = default_out(settings, stamp), 2
+    while out.exists():
+        out, number = default_out(settings, f"{stamp}-{number}"), number + 1
+    return out
+
+
+@contextlib.contextmanager
+def _explaining_surprises(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except LasgdError:
+        raise
+    except Exception as error:
+        path = keep_traceback(error, out / "logs")
+        raise LasgdError(surprise(error, path)) from error
+
+
+def keep_traceback(error: BaseException, *folders: Path) -> Path | None:
+    """Writes the traceback to a new file in the first folder that takes it, at last where temporary files go."""
+    for where in (*folders, Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(prefix="lasgd-traceback-", suffix=".log", dir=where, text=True)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.writelines(traceback.format_exception(error))
+            return Path(name)
+    return None
+
+
+def surprise(error: BaseException, path: Path | None) -> str:
+    """What to say of an exception that nothing in lasgd raises on purpose."""
+    where = "" if path is None else f" Please report it with the traceback in {path}"
+    return f"unexpected {type(error).__name__}: {error}. This is a bug, in lasgd or in a model it was given.{where}"
+
+
+def _ranks(n: int) -> str:
+    return "rank" if n == 1 else "ranks"

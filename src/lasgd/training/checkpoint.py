@@ -1,0 +1,121 @@
+"""Checkpoints: a file per rank and cut, all or nothing, and the newest cut that every rank has.
+
+    checkpoints/000004/rank-0.pt, rank-1.pt, ...
+
+Every rank writes its own part, because replicas, optimizer states and positions differ. A cut is agreed on: the
+parts of one number were taken at each rank's first step boundary after the same round. Older cuts are removed only when
+all ranks have said, in the header, that they have the newer one on disk.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lasgd.errors import ConfigurationError
+from lasgd.training.run_folder import replacing
+from lasgd.training.settings import OWN_TO_A_RANK
+
+VERSION = 1
+
+
+class Checkpoints:
+    """One rank's parts in the run folder `out`."""
+
+    def __init__(self, out: Path, rank: int):
+        self.folder = out / "checkpoints"
+        self.rank = rank
+
+    def part(self, number: int) -> Path:
+        """Where this rank's part of a cut lies."""
+        return self.folder / f"{number:06d}" / f"rank-{self.rank}.pt"
+
+    def write(self, number: int, state: Mapping[str, Any]) -> None:
+        """Writes this rank's part, whole or not at all. Raises LasgdError, naming the file."""
+        path = self.part(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save({"version": VERSION, "number": number, **state}, temporary)
+
+    def numbers(self) -> list[int]:
+        """The cuts of which this rank has its part, ascending."""
+        if not self.folder.is_dir():
+            return []
+        cuts = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
+        return sorted(number for number in cuts if self.part(number).exists())
+
+    def read(self, number: int) -> dict[str, Any]:
+        """This rank's part, on the CPU; nothing in it is executed. Raises ConfigurationError."""
+        path = self.part(number)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ConfigurationError(
+                f"rank {self.rank}: the checkpoint {path} cannot be read: {reason}. Remove its folder "
+                f"{path.parent} to resume from the one before"
+            ) from error
+        if not isinstance(state, dict) or state.get("version") != VERSION:
+            raise ConfigurationError(f"rank {self.rank}: {path} is no checkpoint of this version of lasgd")
+        return state
+
+    def remove_before(self, number: int) -> None:
+        """Removes this rank's parts of older cuts, and folders that are empty then."""
+        for older in self.numbers():
+            if older < number:
+                with suppress(OSError):
+                    self.part(older).unlink()
+                with suppress(OSError):
+                    self.part(older).parent.rmdir()
+
+    def remove_after(self, number: int) -> None:
+        """Removes this rank's parts of cuts newer than the one that the run goes on from."""
+        for newer in self.numbers():
+            if newer > number:
+                with suppress(OSError):
+                    self.part(newer).unlink()
+                with suppress(OSError):
+                    self.part(newer).parent.rmdir()
+
+
+def newest_common(numbers_of_ranks: list[list[int]], folder: Path) -> int:
+    """The newest cut that every rank has. Raises ConfigurationError where there is none."""
+    common = set(numbers_of_ranks[0]).intersection(*numbers_of_ranks[1:])
+    if common:
+        return max(common)
+    have = "; ".join(f"rank {rank}: {numbers or 'none'}" for rank, numbers in enumerate(numbers_of_ranks))
+    raise ConfigurationError(
+        f"no checkpoint in {folder} has a part for every rank ({have}). A run resumes with the ranks it had"
+    )
+
+
+def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], world_size: int, folder: Path) -> None:
+    """Raises ConfigurationError that says what differs between the checkpoint's run and this one."""
+    if stored["world_size"] != world_size:
+        raise ConfigurationError(
+            f"the checkpoint in {folder} is of {stored['world_size']} ranks, this run has {world_size}. "
+            "A run resumes with the ranks it had"
+        )
+    before = stored["settings"]
+    for name in sorted(before.keys() | now.keys()):
+        if name not in OWN_TO_A_RANK and before.get(name) != now.get(name):
+            raise ConfigurationError(
+                f"the checkpoint in {folder} is of a run with {name}={before.get(name)!r}, this one has "
+                f"{name}={now.get(name)!r}. Resume with the settings it had"
+            )
+
+
+def copied(state: Any) -> Any:
+    """A deep copy of a state dict, tensors on the CPU, so that training can go on while it is written."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(copied(value) for value in state)
+    return state

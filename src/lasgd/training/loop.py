@@ -1,0 +1,155 @@
+"""The training loop of one rank: an ordinary PyTorch loop with `lasgd.attach` around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lasgd.lab.padding import StepPadding
+from lasgd.runtime.averaging import Averaging
+from lasgd.training import schedule
+from lasgd.training.checkpoint import Checkpoints, copied
+from lasgd.training.data import Batch
+from lasgd.training.display import Snapshot
+from lasgd.training.settings import Settings
+from lasgd.training.writer import BackgroundWriter
+
+SHOW_EVERY_S = 0.25
+LOSS_SMOOTHING = 0.7
+
+
+@dataclass
+class Notes:
+    """What went wrong and was mended, for the display and run.json. Any thread may add."""
+
+    lines: list[str] = field(default_factory=list)
+    skipped_images: dict[str, None] = field(default_factory=dict)
+
+    def skipped(self, images: tuple[str, ...]) -> None:
+        """Images that could not be read; each is named once."""
+        for image in images:
+            if image not in self.skipped_images:
+                self.skipped_images[image] = None
+                self.lines.append(f"skipped image {image}")
+
+
+class Trainer:
+    """One rank's local steps until the agreed end. Used by one thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Batch],
+        averaging: Averaging,
+        padding: StepPadding,
+        checkpoints: Checkpoints,
+        writer: BackgroundWriter,
+        notes: Notes,
+        show: Callable[[Snapshot], None],
+        device: torch.device,
+        earlier_wall_s: float = 0.0,
+        position: int = 0,
+    ):
+        self.position = position
+        """Samples that this rank has drawn since the start of the run."""
+        self._settings, self._model, self._optimizer, self._batches = settings, model, optimizer, batches
+        self._averaging, self._padding, self._notes, self._show = averaging, padding, notes, show
+        self._checkpoints, self._writer, self._device = checkpoints, writer, device
+        self._earlier_wall_s = earlier_wall_s
+        self._cut = averaging.checkpoint_due
+        self._saved = averaging.tally.saved_checkpoint
+        self._reported_sicknesses = 0
+        self._loss: float | None = None
+        self._shown_s = 0.0
+        self._samples_before = averaging.pace.samples
+
+    def run(self) -> None:
+        """Trains until `averaging.finished`, cutting checkpoints where they are due; inside `with averaging`."""
+        averaging = self._averaging
+        while not averaging.finished:
+            loss = self._local_step(next(self._batches))
+            self._cut_checkpoint_if_due()
+            self._report(loss)
+        self._cut_checkpoint_if_due()
+
+    def _local_step(self, batch: Batch) -> Tensor:
+        self._notes.skipped(batch.skipped)
+        images = batch.images.to(self._device, non_blocking=True)
+        labels = batch.labels.to(self._device, non_blocking=True)
+        self._padding.begin()
+        loss = functional.cross_entropy(self._model(images), labels)
+        loss.backward()
+        self._padding.wait_rest()
+        lr = self._settings.lr * schedule.factor(self._averaging.progress, self._settings.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.position = batch.position + len(batch.labels)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
+
+    def _cut_checkpoint_if_due(self) -> None:
+        number = self._averaging.checkpoint_due
+        self._averaging.tally.saved_checkpoint = self._saved
+        if number == self._cut:
+            return
+        self._cut = number
+        state = {
+            "world_size": self._averaging.world_size,
+            "settings": self._settings.model_dump(mode="json"),
+            "position": self.position,
+            "wall_s": self._wall_s(),
+            "model": copied(self._model.state_dict()),
+            "optimizer": copied(self._optimizer.state_dict()),
+            "averaging": self._averaging.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        durable = self._averaging.pace.durable_checkpoint
+        if not self._writer.submit(lambda: self._write(number, state, durable)):
+            self._notes.lines.append(f"checkpoint {number} left out: the disk is still busy with the one before")
+
+    def _write(self, number: int, state: dict[str, Any], durable: int) -> None:
+        self._checkpoints.write(number, state)
+        self._saved = number
+        self._checkpoints.remove_before(durable)
+
+    def _wall_s(self) -> float:
+        return self._earlier_wall_s + time.monotonic() - (self._averaging.first_step_s or time.monotonic())
+
+    def _report(self, loss: Tensor) -> None:
+        now_s = time.monotonic()
+        if now_s - self._shown_s < SHOW_EVERY_S:
+            return
+        self._shown_s = now_s
+        latest = loss.item()
+        self._loss = latest if self._loss is None else LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * latest
+        pace, tally = self._averaging.pace, self._averaging.tally
+        for sickness in pace.sicknesses[self._reported_sicknesses :]:
+            self._reported_sicknesses += 1
+            self._notes.lines.append(f"rank {sickness.rank} held NaN or Inf at round {sickness.round}: takes the mean")
+        wall_s = now_s - (self._averaging.first_step_s or now_s)
+        rate = (pace.samples - self._samples_before) / wall_s if wall_s and pace.samples else None
+        self._show(
+            Snapshot(
+                samples=pace.samples,
+                budget=pace.budget,
+                samples_per_s=rate,
+                loss=self._loss,
+                rounds=pace.round,
+                staleness_steps=tally.staleness.mean_steps if tally.staleness.merges else None,
+                waited_s=tally.waited_s,
+                wall_s=wall_s,
+                left_s=(pace.budget - pace.samples) / rate if rate else None,
+                world_size=self._averaging.world_size,
+                fragments=len(self._averaging.replica.fragments),
+                notes=tuple(self._notes.lines),
+            )
+        )

@@ -1,0 +1,104 @@
+"""Settings from the resumed run, the config file and the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lasgd.cli.config import combine, read_config, read_stored, validated
+from lasgd.errors import ConfigurationError
+from lasgd.training.settings import Settings
+
+
+def config_file(tmp_path, text: str):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_command_line_wins_over_the_config_file():
+    settings = combine({"lr": 0.3}, {"lr": 0.2, "seed": 7})
+    assert (settings.lr, settings.seed) == (0.3, 7)
+
+
+@pytest.mark.parametrize("given", [{"samples": 1000}, {"epochs": 2.0}])
+def test_a_budget_on_the_command_line_takes_the_place_of_the_config_files(given):
+    for config in ({"samples": 5}, {"epochs": 5.0}):
+        settings = combine(given, config)
+        assert {"samples": settings.samples, "epochs": settings.epochs} == {"samples": None, "epochs": None} | given
+
+
+def test_both_budgets_from_one_source_are_refused():
+    with pytest.raises(ConfigurationError, match="give --samples or --epochs, not both"):
+        combine({}, {"samples": 5, "epochs": 1.0})
+
+
+def test_config_keys_are_spelt_like_options_or_like_fields(tmp_path):
+    path = config_file(tmp_path, 'batch-size = 64\nweight_decay = 0.1\ncondition = "step=10ms"\n')
+    assert read_config(path) == {"batch_size": 64, "weight_decay": 0.1, "condition": "step=10ms"}
+
+
+def test_an_unknown_config_key_is_named_with_the_nearest(tmp_path):
+    path = config_file(tmp_path, "batchsize = 64\n")
+    with pytest.raises(ConfigurationError, match=r"run\.toml: config key 'batchsize' .* Did you mean 'batch-size'"):
+        read_config(path)
+
+
+def test_a_config_file_that_is_no_toml_is_named_with_the_line(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"run\.toml is not a TOML file: .*line 2"):
+        read_config(config_file(tmp_path, "lr = 0.1\nseed: 3\n"))
+    with pytest.raises(ConfigurationError, match=r"nothing\.toml cannot be read: No such file"):
+        read_config(tmp_path / "nothing.toml")
+    with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
+        read_config(tmp_path)
+
+
+def test_each_problem_is_one_line_with_its_option():
+    with pytest.raises(ConfigurationError) as caught:
+        validated({"lr": -0.1, "batch_size": "many", "norm": "none", "fragments": "some"})
+    assert str(caught.value).splitlines() == [
+        "--norm: must be 'group' or 'batch', got none",
+        "--fragments: must be 'auto' or a valid integer, got some",
+        "--batch-size: must be a valid integer, got many",
+        "--lr: must be greater than 0, got -0.1",
+    ]
+
+
+def stored_run(tmp_path, settings: Settings):
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    return tmp_path
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    settings = Settings(lr=0.3, epochs=2, ranks=4, fragments=3)
+    stored = read_stored(stored_run(tmp_path, settings))
+    assert combine({}, {}, stored) == settings
+    assert combine({"lr": 0.3, "epochs": 2.0}, {}, stored) == settings
+
+
+def test_another_value_for_a_resumed_run_is_refused_with_both(tmp_path):
+    stored = read_stored(stored_run(tmp_path, Settings(lr=0.3)))
+    with pytest.raises(ConfigurationError, match=r"--lr: 0\.2 differs from the resumed run's 0\.3"):
+        combine({"lr": 0.2}, {}, stored)
+    with pytest.raises(ConfigurationError, match="--seed: 5 differs from the resumed run's 0"):
+        combine({}, {"seed": 5}, stored)
+
+
+def test_what_is_a_ranks_own_business_may_change_when_resuming(tmp_path):
+    stored = read_stored(stored_run(tmp_path, Settings(lr=0.3, workers=1)))
+    settings = combine({"workers": 3, "timeout_s": 9.0}, {}, stored)
+    assert (settings.workers, settings.timeout_s, settings.lr) == (3, 9.0, 0.3)
+
+
+def test_resuming_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"--resume: .*missing is not a folder"):
+        read_stored(tmp_path / "missing")
+    with pytest.raises(ConfigurationError, match=r"--resume: .* is not a run folder"):
+        read_stored(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"learning_rate": 1}))
+    with pytest.raises(ConfigurationError, match=r"--resume: .*settings\.json: setting 'learning_rate' is not known"):
+        read_stored(tmp_path)
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match="does not hold settings"):
+        read_stored(tmp_path)

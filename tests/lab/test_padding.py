@@ -1,0 +1,141 @@
+import pytest
+
+from lasgd.errors import ConfigurationError, ProtocolError
+from lasgd.lab.conditions import Condition, parse
+from lasgd.lab.padding import StepPadding, stall_s
+
+
+class VirtualClock:
+    """Stands still but for what computes or sleeps; a sleep may wake late."""
+
+    def __init__(self, late_s: float = 0.0) -> None:
+        self.now_s = 100.0
+        self.late_s = late_s
+        self.sleeps = 0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.sleeps += 1
+        self.now_s += seconds + self.late_s
+
+
+def durations(text, compute_s, *, rank=0, world_size=4, seed=0, local_step=0, late_s=0.0):
+    """The length of each step, and the padding afterwards, for a rank that computes for `compute_s` in each."""
+    clock = VirtualClock(late_s)
+    padding = StepPadding(parse(text), rank, world_size, seed, local_step=local_step, clock=clock, sleep=clock.sleep)
+    lengths = []
+    for seconds in compute_s:
+        begun_s = clock()
+        padding.begin()
+        clock.now_s += seconds
+        padding.wait_rest()
+        lengths.append(clock() - begun_s)
+    return lengths, padding
+
+
+def test_a_step_lasts_as_long_as_the_condition_says():
+    lengths, padding = durations("step=100ms", [0.02, 0.05, 0.0])
+    assert lengths == pytest.approx([0.1] * 3)
+    assert (padding.steps, padding.overruns, padding.overrun_share) == (3, 0, 0.0)
+
+
+def test_a_stragglers_step_is_longer_by_its_factor_and_nobody_elses():
+    assert durations("straggler", [0.02], rank=3)[0] == pytest.approx([0.4])
+    assert durations("straggler", [0.02], rank=2)[0] == pytest.approx([0.1])
+
+
+def test_a_straggler_without_step_takes_its_factor_times_its_own_time():
+    lengths, padding = durations("straggler=1:4x", [0.02, 0.05], rank=1)
+    assert lengths == pytest.approx([0.08, 0.2])
+    assert padding.overruns == 0
+
+
+def test_a_step_that_outlasts_its_padding_is_counted_and_not_shortened():
+    lengths, padding = durations("step=100ms", [0.02, 0.13, 0.02, 0.02])
+    assert lengths == pytest.approx([0.1, 0.13, 0.1, 0.1])
+    assert (padding.overruns, padding.overrun_share) == (1, 0.25)
+
+
+def test_a_straggler_may_compute_for_its_longer_step():
+    assert durations("straggler", [0.3], rank=3)[1].overruns == 0
+
+
+def test_a_late_wake_up_is_not_carried_into_the_next_step():
+    lengths, _ = durations("step=100ms", [0.02] * 50, late_s=0.003)
+    assert lengths == pytest.approx([0.103] * 50)
+
+
+def test_a_sleep_that_wakes_early_is_taken_up_again():
+    clock = VirtualClock()
+    wakes = iter([0.5, 0.9, 1.0])  # share of what was asked for
+    padding = StepPadding(parse("step=100ms"), 0, 1, 0, clock=clock, sleep=lambda s: clock.sleep(s * next(wakes)))
+    padding.begin()
+    padding.wait_rest()
+    assert clock() == pytest.approx(100.1)
+    assert clock.sleeps == 3
+
+
+def test_fast_neither_sleeps_nor_reads_the_clock():
+    def untouched(*_):
+        raise AssertionError("fast needs neither clock nor sleep")
+
+    padding = StepPadding(Condition(), 0, 1, 0, clock=untouched, sleep=untouched)
+    padding.begin()
+    padding.wait_rest()
+    assert (padding.steps, padding.overrun_share) == (1, 0.0)
+
+
+def test_a_rank_that_is_no_straggler_is_not_padded_without_step():
+    assert durations("straggler=1:4x", [0.02], rank=0)[0] == pytest.approx([0.02])
+
+
+def test_a_link_is_no_business_of_the_steps():
+    assert durations("link=20mbit+round=1s", [0.02])[0] == pytest.approx([0.02])
+
+
+def test_a_stall_comes_on_top_of_the_padded_step():
+    assert durations("stall=1s@100%+step=100ms", [0.02, 0.13])[0] == pytest.approx([1.1, 1.13])
+    assert durations("stall=1s@100%", [0.02])[0] == pytest.approx([1.02])
+
+
+def test_a_stall_is_no_overrun():
+    assert durations("stall=1s@100%+step=100ms", [0.02])[1].overruns == 0
+
+
+def test_stalls_are_the_same_for_the_same_seed_rank_and_step():
+    jitter = parse("stall=1s@20%")
+    drawn = [[stall_s(jitter, 7, rank, step) for step in range(100)] for rank in range(4)]
+    assert drawn == [[stall_s(jitter, 7, rank, step) for step in range(100)] for rank in range(4)]
+    assert len({tuple(row) for row in drawn}) == 4  # ranks stall at different steps
+    assert drawn[0] != [stall_s(jitter, 8, 0, step) for step in range(100)]
+
+
+def test_stalls_come_as_often_as_their_probability():
+    # 20,000 draws with p = 1 %: 200 expected, standard deviation 14; the draws are fixed, five deviations allowed
+    stalls = sum(stall_s(parse("stall=1s@1%"), 0, rank, step) > 0 for rank in range(4) for step in range(5000))
+    assert 130 <= stalls <= 270
+
+
+def test_stalls_at_zero_per_cent_never_come():
+    assert not any(stall_s(parse("stall=1s@0%"), 0, 0, step) for step in range(1000))
+
+
+def test_a_resumed_run_carries_on_with_its_stalls():
+    whole, _ = durations("stall=1s@20%", [0.02] * 60, seed=3)
+    resumed, _ = durations("stall=1s@20%", [0.02] * 30, seed=3, local_step=30)
+    assert resumed == pytest.approx(whole[30:])
+    assert max(resumed) > 1
+
+
+def test_waiting_without_a_beginning_is_a_bug_that_is_named():
+    padding = StepPadding(parse("step=100ms"), 2, 4, 0)
+    with pytest.raises(ProtocolError, match=r"rank 2: wait_rest\(\) without begin\(\)"):
+        padding.wait_rest()
+
+
+def test_a_rank_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigurationError, match="no rank 7"):
+        StepPadding(parse("straggler=7:4x"), 0, 4, 0)

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from torch import nn
+
+from lasgd.errors import ConfigurationError
+from lasgd.training.models import BUILT_IN, build_model, check_model
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of the given name and text into the current folder, which is a fresh one."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, text: str) -> None:
+        path = tmp_path / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import torch\nfrom torch import nn\n" + text)
+
+    return write
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(("name", "count"), [("cnn4", 391_466), ("resnet20", 269_722), ("resnet56", 853_018)])
+def test_built_in_models_have_the_published_number_of_parameters(name, count, norm):
+    assert parameters(build_model(name, num_classes=10, channels=3, norm=norm)) == count
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)])
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_the_norm_is_the_one_asked_for_everywhere(name, norm, kind):
+    modules = list(build_model(name, num_classes=10, channels=3, norm=norm).modules())
+    found = [module for module in modules if isinstance(module, nn.GroupNorm | nn.BatchNorm2d)]
+    assert len(found) == sum(isinstance(module, nn.Conv2d) for module in modules)
+    assert all(isinstance(module, kind) for module in found)
+    assert all(module.num_groups == 8 for module in found if isinstance(module, nn.GroupNorm))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [8, 9, 32, 224])
+@pytest.mark.parametrize("name", ["cnn4", "resnet20"])
+def test_built_in_models_take_images_from_8_to_224_pixels(name, side, channels):
+    model = build_model(name, num_classes=7, channels=channels, norm="group")
+    with torch.no_grad():
+        assert model(torch.randn(1, channels, side, side)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_logits_and_gradients_start_in_a_sane_range(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10, channels=3, norm="group")
+    logits = model(torch.randn(16, 3, 16, 16))
+    nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
+    assert 0.01 < logits.std() < 10
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+def test_the_same_generator_state_gives_the_same_weights():
+    def made() -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        return list(build_model("resnet20", num_classes=10, channels=3, norm="group").state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(made(), made(), strict=True))
+
+
+def test_a_shortcut_that_widens_keeps_the_old_channels_and_adds_zeros():
+    block = build_model("resnet20", num_classes=10, channels=3, norm="group").blocks[3]
+    nn.init.zeros_(block.change[-1].weight)  # nothing but the shortcut is left
+    x = torch.rand(2, 16, 8, 8)
+    out = block(x)
+    assert torch.equal(out[:, :16], x[:, :, ::2, ::2])
+    assert not out[:, 16:].any()
+
+
+def test_an_unknown_model_is_named_with_the_nearest_known_one():
+    with pytest.raises(
+        ConfigurationError, match=r"model 'resnet21' is not known.*Did you mean 'resnet20'.*import path"
+    ):
+        build_model("resnet21", num_classes=10, channels=3, norm="group")
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ConfigurationError, match=r"norm 'layer' is not known. Known: batch, group"):
+        build_model("cnn4", num_classes=10, channels=3, norm="layer")
+
+
+def test_a_model_in_the_current_folder_is_found_and_the_search_path_is_as_before(module):
+    import sys
+
+    module(
+        "my_own_models",
+        "class Net(nn.Linear):\n    def __init__(self, num_classes): super().__init__(4, num_classes)\n",
+    )
+    before = list(sys.path)
+    model = build_model("my_own_models:Net", num_classes=6, channels=3, norm="group")
+    assert model.out_features == 6
+    assert sys.path == before
+
+
+def test_a_package_s_models_are_found_one_level_down(module):
+    module("shop_of_models.__init__", "")
+    module("shop_of_models.models", "def net(num_classes=1000): return nn.Linear(4, num_classes)\n")
+    assert build_model("shop_of_models:net", num_classes=3, channels=3, norm="group").out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "message"),
+    [
+        (None, "no_such_package:net", r"no module 'no_such_package', neither installed nor in "),
+        (None, "no_such_package.deep:net", r"no module 'no_such_package'"),
+        ("", ":net", r"expected package.module:callable"),
+        ("def network(num_classes): ...", "bad0:netwrk", r"bad0 has no 'netwrk'. Did you mean 'network'\?"),
+        ("import not_there_at_all", "bad1:net", r"bad1 needs 'not_there_at_all', which is not installed"),
+        ("raise OSError('disk on fire')", "bad2:net", r"importing bad2 failed: OSError: disk on fire"),
+        ("def broken(:", "bad3:net", r"importing bad3 failed: SyntaxError"),
+        ("def net(classes): ...", "bad4:net", r"called with num_classes= and nothing else, but .*\(classes\)"),
+        ("def net(num_classes, width): ...", "bad5:net", r"nothing else, but .*missing a required argument: 'width'"),
+        ("def net(num_classes): return 3", "bad6:net", r"gives a int, expected a torch.nn.Module"),
+        ("def net(num_classes): raise KeyError('w')", "bad7:net", r"calling it with num_classes= failed: KeyError"),
+        ("net = 7", "bad8:net", r"net is a int, not callable"),
+    ],
+)
+def test_a_model_that_cannot_be_made_says_why(module, text, path, message):
+    if text is not None:
+        module(path.split(":")[0] or "unused", text)
+    with pytest.raises(ConfigurationError, match=message):
+        build_model(path, num_classes=10, channels=3, norm="group")
+
+
+def test_a_torchvision_that_does_not_match_torch_is_told_as_such(module):
+    module("mismatched_vision", "raise RuntimeError('operator torchvision::nms does not exist')")
+    with pytest.raises(ConfigurationError, match=r"torchvision does not match torch .*Install the torchvision build"):
+        build_model("mismatched_vision:resnet50", num_classes=10, channels=3, norm="group")
+
+
+def test_a_model_that_fits_the_data_passes_the_check_and_keeps_its_mode():
+    model = build_model("cnn4", num_classes=10, channels=1, norm="batch")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    check_model(model, channels=1, image_size=8, num_classes=10)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_does_not_fit_the_data_is_told_before_the_first_step():
+    model = build_model("cnn4", num_classes=10, channels=3, norm="group")
+    with pytest.raises(ConfigurationError, match=r"cannot take the images: RuntimeError.*\(2, 1, 8, 8\)"):
+        check_model(model, channels=1, image_size=8, num_classes=10)
+    with pytest.raises(
+        ConfigurationError, match=r"gives a tensor of shape \(2, 10\). Expected logits of shape \(2, 5\)"
+    ):
+        check_model(model, channels=3, image_size=8, num_classes=5)
