@@ -90,6 +90,8 @@ class Layout:
             raise ConfigurationError("the model has no trainable floating-point parameter; there is nothing to average")
         tensors = [tensor for _, _, _, tensor in parameters + buffers]
         self.device = _one_device(parameters + buffers)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(f"the model lies on device {self.device}; lasgd averages models on cpu or cuda")
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         self.frozen: tuple[nn.Parameter, ...] = tuple(frozen)
 
@@ -201,6 +203,8 @@ def _averaged_tensors(model: nn.Module):
             if buffer is None or id(buffer) in seen or key in owner._non_persistent_buffers_set:
                 continue
             seen.add(id(buffer))
+            if isinstance(buffer, nn.parameter.UninitializedTensorMixin):
+                raise ConfigurationError(f"buffer {where + key!r} is lazy; run one forward pass before attach")
             if buffer.is_floating_point() and buffer.numel():
                 buffers.append((where + key, owner, key, buffer))
     return [p for p in parameters if p[3].numel()], buffers, frozen

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Literal
@@ -28,11 +29,12 @@ class Column(IntEnum):
     LOCAL_STEPS = 1  # likewise
     STEP_S = 2  # seconds per local step; 0: not known yet
     ROUND_S = 3  # seconds that the latest round's vector was on its way; 0: not known yet
-    WEIGHT = 4  # of this rank's contribution to this round
-    SICK = 5  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
-    LEFT = 6  # 1: this rank takes no more local steps
-    STOP = 7  # 1: this rank asks for an early end
-    SAVED = 8  # number of the newest checkpoint that this rank has on disk
+    PARTS = 4  # fragments that the vector was cut into in that latest round
+    WEIGHT = 5  # of this rank's contribution to this round
+    SICK = 6  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
+    LEFT = 7  # 1: this rank takes no more local steps
+    STOP = 8  # 1: this rank asks for an early end
+    SAVED = 9  # number of the newest checkpoint that this rank has on disk
 
 
 class End(Enum):
@@ -99,13 +101,17 @@ class Pace:
         """Share of the budget that all ranks together have processed, 0 to 1, as of the latest round."""
         return min(1.0, self.samples / self.budget)
 
-    def header(self, rank: int, tally: Tally, weight: float, is_sick: bool, round_s: float) -> Tensor:
-        """This rank's table for the next round; valid until the next call."""
+    def header(self, rank: int, tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> Tensor:
+        """This rank's table for the next round; valid until the next call.
+
+        round_s, parts: how long the latest round's vector took, and how many fragments there were then.
+        """
         row = {
             Column.SAMPLES: tally.samples,
             Column.LOCAL_STEPS: tally.local_steps,
             Column.STEP_S: tally.step_s,
             Column.ROUND_S: round_s,
+            Column.PARTS: parts,
             Column.WEIGHT: weight,
             Column.SICK: is_sick,
             Column.LEFT: tally.has_left,
@@ -132,8 +138,14 @@ class Pace:
         if self.end is None:
             self.end = self._reason_to_end(rows)
 
+    def diverge(self) -> None:
+        """Communicator: not one rank could contribute to the last exact average; seen by all in the same round."""
+        self.end = End.DIVERGED
+
     def count_alone(self, tally: Tally) -> None:
         """Takes the own share of the budget for the whole of it: for ranks that agree on nothing."""
+        if self.end is not None:
+            return
         self.samples = tally.samples * self.world_size
         self._agree_on_marks()
         if tally.wants_stop or tally.has_left:
@@ -153,7 +165,8 @@ class Pace:
         self.due_s = self.steps_per_round * step_s if step_s else IDLE_S
         round_s = _median_low(row[Column.ROUND_S] for row in rows)
         if self._delay and step_s and round_s:
-            self.fragments = self._delay.fragments(self.fragments, round_s / step_s)
+            parts = int(max(row[Column.PARTS] for row in rows))  # the same on all that know it
+            self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
 
     def _agree_on_marks(self) -> None:
         def reached(marks: int) -> int:  # how many of `marks` equal parts of the budget are behind us; the end is none
@@ -184,35 +197,49 @@ class Delay:
     """The whole vector's delay in local steps, from rounds that carry one of F fragments, and the F that follows.
 
     A round of one of F fragments takes a + b/F: a part that does not shrink (latency) and one that does (bandwidth).
-    The share a/(a+b) is learnt where F changes; without it a slow-to-answer network would ask for ever more
+    The share a/(a+b) is learnt where F changes much; without it a slow-to-answer network would ask for ever more
     fragments, each as late as the one before.
+
+    Delays are medians of the latest rounds: one slow round changes nothing, a link that has changed its speed is
+    believed when it has been so for half of them. Rounds of another cut than the present one are not mixed in.
     """
 
+    LEAST_ROUNDS = 3
+    CLEAR_CHANGE = 1.5
+    """F must have changed by this factor to tell latency from noise."""
+
     def __init__(self) -> None:
-        self._round_steps = 0.0  # moving average at the present F
-        self._rounds = 0  # averaged since F changed
-        self._before: tuple[int, float] | None = None  # F and its average before the change
+        self._parts = 0
+        self._recent: deque[float] = deque()  # rounds of the present cut, in local steps
+        self._before: tuple[int, float] | None = None  # the cut before: F and its delay
         self._latency_share = 0.0
 
-    def fragments(self, present: int, round_steps: float) -> int:
-        """Takes in one round's delay in local steps at `present` fragments; returns how many there should be."""
-        keep = 0.8 if self._rounds else 0.0
-        self._round_steps = keep * self._round_steps + (1 - keep) * round_steps
-        self._rounds += 1
-        if self._rounds < max(3, present):
-            return present
+    def fragments(self, asked: int, parts: int, round_steps: float) -> int:
+        """Takes in one round's delay in local steps, measured with `parts` fragments; returns how many to ask for.
+
+        `asked` is the number asked for so far, which takes effect when a cycle is complete, and of which long rows
+        may leave fewer.
+        """
+        if parts != self._parts:
+            if len(self._recent) >= self.LEAST_ROUNDS:
+                self._before = (self._parts, statistics.median(self._recent))
+            self._parts = parts
+            self._recent = deque(maxlen=max(5, 2 * parts))
+        self._recent.append(round_steps)
+        if len(self._recent) < max(self.LEAST_ROUNDS, parts):
+            return asked
+        delay = statistics.median(self._recent)
         if self._before is not None:
-            self._latency_share = _latency_share(*self._before, present, self._round_steps)
+            ratio = self._before[0] / parts
+            if max(ratio, 1 / ratio) >= self.CLEAR_CHANGE:
+                self._latency_share = _latency_share(*self._before, parts, delay)
             self._before = None
         share = self._latency_share
-        whole = self._round_steps / (share + (1 - share) / present)
-        wanted = min(MAX_FRAGMENTS, max(1, math.ceil(whole)))
+        whole = delay / (share + (1 - share) / parts)
         # A band around the present number, so that noise does not recut the vector again and again.
-        if present * 0.8 - 1 <= whole <= present * 1.1 + 0.2 or wanted == present:
-            return present
-        self._before = (present, self._round_steps)
-        self._rounds = 0
-        return wanted
+        if asked * 0.8 - 1 <= whole <= asked * 1.1 + 0.2:
+            return asked
+        return min(MAX_FRAGMENTS, max(1, math.ceil(whole)))
 
 
 def _latency_share(f0: int, t0: float, f1: int, t1: float) -> float:

@@ -44,6 +44,9 @@ class Holding(Enum):
     REPLACEMENT = "z = r, and x is to become r"
 
 
+_UNSEEN = (Holding.CORRECTION, Holding.REPLACEMENT)
+
+
 class _Window:
     """A fragment's views into the residual and the round's buffer, by section."""
 
@@ -294,20 +297,23 @@ class Replica:
         """Cuts anew between two cycles; what the residual holds stays, and is shown at the next step boundary."""
         with self.fences.communicating(), self._lock:
             self.fences.before_reading()
-            replaces = self._holding[0] is Holding.REPLACEMENT and not self._to_adopt
-            oldest = min(self._snapshot_step)
+            before = list(zip(self.fragments, self._holding, self._snapshot_step, strict=True))
             for window, holding in zip(self._windows, self._holding, strict=True):
-                end = window.parameter_end
-                if holding is Holding.EMPTY or self._to_adopt:
-                    window.residual[:end].zero_()
-                if holding is not Holding.CORRECTION and not replaces:
+                if holding is Holding.EMPTY:
+                    window.residual[: window.parameter_end].zero_()
+                if holding in (Holding.EMPTY, Holding.REST):  # z of a buffer is x, and a new fragment may mix the two
                     window.copy_parts(window.residual_views, (Section.BUFFER,))
             self._cut(fragments)
-            self._holding = [Holding.REPLACEMENT if replaces else Holding.CORRECTION] * len(self.fragments)
-            self._snapshot_step = [oldest] * len(self.fragments)
-            self._arrived = list(range(len(self.fragments)))
             self._turn = 0
-            if self._to_adopt:
+            self._arrived = []
+            for index, fragment in enumerate(self.fragments):
+                within = [(h, step) for old, h, step in before if old.begin < fragment.end and fragment.begin < old.end]
+                self._holding[index] = _joined({holding for holding, _ in within})
+                unseen = [step for holding, step in within if holding in _UNSEEN]
+                if unseen:
+                    self._snapshot_step[index] = min(unseen)
+                    self._arrived.append(index)
+            if self._to_adopt:  # one cycle to sit out, from its beginning
                 self._to_adopt = set(range(len(self.fragments)))
             self.fences.corrected()
 
@@ -319,3 +325,14 @@ class Replica:
         if self._arriving is None:
             return values
         return self._arriving[: values.numel()].copy_(values, non_blocking=True)
+
+
+def _joined(holdings: set[Holding]) -> Holding:
+    """What a fragment holds that was cut out of fragments that hold these; zeros in r stand for EMPTY."""
+    if holdings == {Holding.EMPTY}:
+        return Holding.EMPTY
+    if Holding.REPLACEMENT in holdings:
+        # Only where all are: a rank that has adopted a whole cycle shows all of it at one step boundary. While it is
+        # still adopting, it contributes nothing and shows nothing, and takes every fragment anew.
+        return Holding.REPLACEMENT
+    return Holding.CORRECTION if Holding.CORRECTION in holdings else Holding.REST

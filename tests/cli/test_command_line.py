@@ -186,6 +186,11 @@ def test_an_unexpected_error_is_a_line_and_its_traceback_a_file(launched, capsys
     assert "unexpected ZeroDivisionError: oh" in err
     assert str(log.relative_to(tmp_path)) in err
     assert "Traceback" in log.read_text()
+    launched.raises = OSError(28, "No space left on device", "there/settings.json")
+    assert main(["train"]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device: 'there/settings.json'" in err
+    assert "bug" not in err
 
 
 @pytest.fixture

@@ -132,6 +132,7 @@ def test_a_log_gets_plain_lines_and_each_note_once():
     with Display("a run", paper, plain_every_s=1000.0) as display:
         display.update(replace(HALF, notes=("one",)))
         display._print_line()
+        display._print_line()  # nothing new: no second line
         display.status("evaluating")
         display.update(replace(HALF, notes=("one", "two")))
     display.close()

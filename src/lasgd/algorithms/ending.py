@@ -16,11 +16,17 @@ from lasgd.replica import Replica
 
 
 def last_exact_average(replica: Replica, pace: Pace) -> Generator[Request, Answer, None]:
-    """Leaves the average in the replica, for `replica.show_average()`; a Failure leaves the replica as it is."""
+    """Leaves the average in the replica, for `replica.show_average()`; a Failure leaves the replica as it is.
+
+    A rank that turns out to hold NaN or Inf takes the others' mean here too; if all do, the run has diverged after all.
+    """
     replica.freeze()
     for fragment in replica.fragments:
         sent = replica.snapshot(fragment)
         outcome = yield AllReduceMean(sent, exact=True)
         if isinstance(outcome, Failure):
+            return
+        if outcome.values is None:
+            pace.diverge()
             return
         replica.adopt(fragment, outcome)

@@ -206,6 +206,8 @@ def keep_traceback(error: BaseException, *folders: Path) -> Path | None:
 
 def surprise(error: BaseException, path: Path | None) -> str:
     """What to say of an exception that nothing in lasgd raises on purpose."""
+    if isinstance(error, OSError):  # a full disk, a limit: somebody's to mend, though not foreseen here
+        return f"the system refused: {error}." + ("" if path is None else f" Details in {path}")
     where = "" if path is None else f" Please report it with the traceback in {path}"
     return f"unexpected {type(error).__name__}: {error}. This is a bug, in lasgd or in a model it was given.{where}"
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.cost import ring_bytes_sent
+
+T = TypeVar("T")
+
+STORE_IS_SILENT = "The host of the store does not answer: rank 0's process, or the launcher on its machine; silent: 0."
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
 
@@ -141,7 +147,7 @@ class C10dGroup:
         if self._gloo is None:
             return
         if reason:
-            self._try_set(f"reason/{self.rank}", reason)
+            self._asked(lambda: self._try_set(f"reason/{self.rank}", reason), None)
         self._abort()
 
     def _abort(self) -> None:
@@ -157,11 +163,23 @@ class C10dGroup:
             return collective()
         except RuntimeError as error:
             after_s = time.monotonic() - begin_s
+            if self._gloo is None:  # the training thread has left meanwhile: this rank's own doing
+                raise PeerError(f"{what}: this rank has left the group") from error
             self._abort()  # poisoned: its pairs are out of step
             raise PeerError(
-                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). {self._who_is_silent()} "
+                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). "
+                f"{self._asked(self._who_is_silent, STORE_IS_SILENT)} "
                 f"Raise timeout_s (now {timeout_s:g}) if the link is slow; see docs/footguns.md#silent-rank"
             ) from error
+
+    def _asked(self, question: Callable[[], T], otherwise: T, patience_s: float = 4.0) -> T:
+        """What the store says; `otherwise` where its host does not answer. A stopped process keeps connections open,
+        and torch's client waits for its answer without limit, hence the thread."""
+        answers: list[T] = []
+        thread = threading.Thread(target=lambda: answers.append(question()), name="lasgd-ask-store", daemon=True)
+        thread.start()
+        thread.join(patience_s)
+        return answers[0] if answers else otherwise
 
     def _who_is_silent(self, patience_s: float = 2.0) -> str:
         """Asks, through the store, who else has noticed."""

@@ -62,9 +62,8 @@ class Network:
     def _finish(self, error: Exception | None) -> None:
         self._error = error
         if error is None:
-            rank, (combine, _) = next(iter(self._joined.items()))
-            self._result = combine({r: value for r, (_, value) in sorted(self._joined.items())})
-            assert rank in range(self.world_size)
+            _, combine, _ = next(iter(self._joined.values()))
+            self._result = combine({rank: value for rank, (_, _, value) in sorted(self._joined.items())})
         self._joined.clear()
         self.collectives += 1
         self._changed.notify_all()
@@ -72,7 +71,10 @@ class Network:
     def _wait_collective(self, rank: int, what: str, combine: Callable, value: Any, timeout_s: float) -> Any:
         with self._changed:
             number = self.collectives
-            self._joined[rank] = (combine, value)
+            others = {there for there, _, _ in self._joined.values()} - {what}
+            if others:
+                raise PeerError(f"rank {rank} is in {what!r}, others are in {sorted(others)}: collectives out of order")
+            self._joined[rank] = (what, combine, value)
             self._changed.notify_all()
             if self.deliver_at_once and len(self._joined) == self.world_size:
                 self._finish(None)

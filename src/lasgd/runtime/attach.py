@@ -76,6 +76,7 @@ def attach(
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _as_list(optimizer)
     _check_numbers(samples=samples, batch_size=batch_size)
+    _check_numbers(least=0, evaluations=evaluations, checkpoints=checkpoints)
     _check_positive(steps_per_round=steps_per_round, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     if fragments != "auto" and (not isinstance(fragments, int) or isinstance(fragments, bool) or fragments < 1):
         raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
@@ -94,6 +95,8 @@ def attach(
         "merge": merge,
         "fragments": fragments,
         "steps_per_round": steps_per_round,
+        "evaluations": evaluations,
+        "checkpoints": checkpoints,
         **(must_match or {}),
     }
     try:
@@ -186,10 +189,10 @@ def _as_list(optimizers: Any) -> list[Optimizer]:
     return list(optimizers)
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_numbers(least: int = 1, **numbers: int) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigurationError(f"{name} should be a whole number from 1 on, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigurationError(f"{name} should be a whole number from {least} on, got {value!r}")
 
 
 def _check_positive(**numbers: float) -> None:

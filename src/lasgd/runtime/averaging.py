@@ -25,6 +25,9 @@ from lasgd.runtime.phase import Phase, PhaseTable
 
 STATE_VERSION = 1
 
+CLOSE_S = 2.0
+"""Longest wait of `close` for the communicator, which has been told to leave; it is a daemon and delays no exit."""
+
 
 class Averaging:
     """The averaging of one rank. Made by `lasgd.attach`; used by one thread, the one that trains.
@@ -75,6 +78,7 @@ class Averaging:
         self._request: Any = None
         self._pid = os.getpid()
         self._is_averaged = False
+        self._digests = 0
         self._hooks = OptimizerHooks(optimizers, self._gradient_is_there, self._step_is_done)
         replica.on_recovery = self._forget_optimizer_state
 
@@ -116,7 +120,12 @@ class Averaging:
         self._communicator.start()
 
     def step_boundary(self) -> None:
-        """Marks a step boundary by hand, where no hook does: a CUDA-graphed step, a hand-written update."""
+        """Marks a step boundary by hand, where no hook does: a CUDA-graphed step, a hand-written update.
+
+        Like the hooks, does nothing once closed.
+        """
+        if self._phase.now is Phase.CLOSED:
+            return
         self._hooks.boundary()
 
     def stop(self) -> None:
@@ -159,15 +168,17 @@ class Averaging:
     # The end
 
     def __enter__(self) -> Averaging:
-        """Starts, unless `start` has been called."""
+        """Starts, unless `start` has been called. Raises ConfigurationError once closed."""
+        if self._phase.now is Phase.CLOSED:
+            raise ConfigurationError("this averaging is closed; call lasgd.attach again for another run")
         if self._phase.now is Phase.READY:
             self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Waits for the agreed end and shows the last exact average; after an error leaves at once."""
+        """Waits for the agreed end and shows the last exact average; after an error, or `close`, leaves at once."""
         try:
-            if error is None:
+            if error is None and self._phase.now is not Phase.CLOSED:
                 self.wait_end()
         except BaseException as failure:
             self.close(f"{type(failure).__name__}: {failure}")
@@ -182,6 +193,8 @@ class Averaging:
         """
         if self._is_averaged:
             return
+        if self._phase.now in (Phase.READY, Phase.CLOSED):
+            raise ConfigurationError(f"wait_end comes between start and close; this averaging is {self._phase.now.value}")
         begin_s = time.monotonic()
         self.tally.has_left = True
         if not self._algorithm.ends_identical and self.pace.end is None:
@@ -200,20 +213,23 @@ class Averaging:
     def wait_identical(self, timeout_s: float) -> bool:
         """Compares the SHA-256 of what is averaged over all ranks; after `wait_end`, on all ranks."""
         digest = self.replica.layout.content_digest().encode()
-        return len(set(self.group.wait_exchange("digest", digest, timeout_s))) == 1
+        self._digests += 1
+        return len(set(self.group.wait_exchange(f"digest/{self._digests}", digest, timeout_s))) == 1
 
     def close(self, reason: str | None = None) -> None:
         """Leaves at once and gives everything back; may be called twice. The others are told the `reason`."""
         if self._phase.now is Phase.CLOSED or os.getpid() != self._pid:
             return
         was_started = self._phase.now is not Phase.READY
+        if reason is None and was_started and not self._communicator.ended.is_set():
+            reason = "its averaging was closed before the agreed end"
         self._hooks.remove()
         self._communicator.close()
         self._phase.move("close", self.pace.round)
         self._compute.close()
-        if was_started and reason is None:
-            self._communicator.join(self._timeout_s)
-        self.group.leave(reason)
+        self.group.leave(reason)  # a collective on its way fails by it, so that the communicator ends soon
+        if was_started:
+            self._communicator.join(CLOSE_S)
 
     @property
     def end_agreed_s(self) -> float | None:
@@ -235,6 +251,11 @@ class Averaging:
         self.tally.waited_s += time.monotonic() - begin_s
         if vector is None:
             self._raise_failure()
+            if self._communicator.ended.is_set():
+                raise ConfigurationError(
+                    f"rank {self.rank} of {self.world_size}: the run has ended ({self.pace.end and self.pace.end.value}) "
+                    "and no mean was kept. Attach with keep_mean=True, or ask for mean_weights() earlier"
+                )
             raise PeerError(
                 f"rank {self.rank} of {self.world_size}: no whole mean has arrived within {self._timeout_s:g} s "
                 f"({self.pace.round} rounds finished). Rounds begin when every rank has its first gradient"
@@ -303,4 +324,14 @@ class Averaging:
 
     def _forget_optimizer_state(self) -> None:
         for optimizer in self._optimizers:
-            optimizer.state.clear()
+            if isinstance(optimizer, torch.optim.Adagrad):  # makes its state once, at birth; the others when they step
+                _restart_adagrad(optimizer)
+            else:
+                optimizer.state.clear()
+
+
+def _restart_adagrad(optimizer: torch.optim.Adagrad) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"].zero_()
+            optimizer.state[parameter]["sum"].fill_(group["initial_accumulator_value"])

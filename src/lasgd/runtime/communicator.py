@@ -48,12 +48,13 @@ class Communicator(threading.Thread):
         self._begun = threading.Event()
         self._closing = threading.Event()
         self._joined_s: float | None = None
-        self._round_s = 0.0
+        self._round_s, self._round_parts = 0.0, 0
         self._buffer = replica.fences.host_buffer(0, replica.layout.dtype)
 
     def begin(self) -> None:
         """Training thread: the first gradient is there, rounds may begin. Until then the model may still be loaded."""
-        self._begun.set()
+        if not self._begun.is_set():  # set() takes a lock, which a signal's handler calling stop() might find taken
+            self._begun.set()
 
     def close(self) -> None:
         """Training thread: leave at the next opportunity, without the others' agreement."""
@@ -66,6 +67,7 @@ class Communicator(threading.Thread):
             self._drive()
             if self.failure is None and not self._closing.is_set():
                 self._note_end()
+                self._raise_if_diverged()
                 self._phase.move("average", self._pace.round)
         except LasgdError as error:
             self._fail(error)
@@ -113,7 +115,14 @@ class Communicator(threading.Thread):
         vector = self._vector(sent.values.numel()).copy_(sent.values)
         if sent.weight != 1.0:
             vector.mul_(sent.weight)
-        header = self._pace.header(self._group.rank, replica.tally, sent.weight, replica.is_sitting_out, self._round_s)
+        header = self._pace.header(
+            self._group.rank,
+            replica.tally,
+            sent.weight,
+            replica.is_sitting_out,
+            self._round_s,
+            self._round_parts,
+        )
         begin_s = time.monotonic()
         is_first = self._joined_s is None
         try:
@@ -124,6 +133,7 @@ class Communicator(threading.Thread):
             return Failure(error)
         self._record("round", begin_s, arrived_s)
         self._joined_s, self._round_s = joined_s, arrived_s - joined_s
+        self._round_parts = len(replica.fragments)
         weight = header[:, Column.WEIGHT].sum().item()
         if weight == 0:
             return Mean(None, header)
@@ -144,6 +154,9 @@ class Communicator(threading.Thread):
             return
         self.end_agreed_s = time.monotonic()
         self._phase.move("agree_end", self._pace.round)
+        self._raise_if_diverged()
+
+    def _raise_if_diverged(self) -> None:
         if self._pace.end is End.DIVERGED:
             raise DivergenceError(
                 f"{self._where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
@@ -153,8 +166,7 @@ class Communicator(threading.Thread):
     def _fail(self, error: LasgdError) -> None:
         if self.failure is None:
             self.failure = error
-            if not self._closing.is_set():
-                self._phase.move("fail", self._pace.round)
+            self._phase.move("fail", self._pace.round)
 
     def _where(self) -> str:
         return f"rank {self._group.rank} of {self._group.world_size}: round {self._pace.round + 1}"

@@ -21,18 +21,21 @@ class OptimizerHooks:
     With several optimizers both come once per turn, a turn being complete when each of them has stepped: between two
     of them the graph of a forward pass may be alive, and changing parameters would break its backward.
 
-    A step that raises has no post hook; the turn then goes on with the retry. `skipped` counts the steps up to now
-    that a GradScaler had a fused optimizer skip, and that have not been reported yet.
+    A step that raises has no post hook; the turn then goes on with the retry. `skipped` counts the turns up to now
+    that a GradScaler had all of the (fused) optimizers skip, and that have not been reported yet.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[int], None]):
         for optimizer in optimizers:
             _check(optimizer)
+        if len(set(map(id, optimizers))) < len(optimizers):
+            raise ConfigurationError("an optimizer is given twice; its step would count as two step boundaries")
         self._before, self._after = before, after
         self._has_stepped = dict.fromkeys(map(id, optimizers), False)
         self._is_turn_open = False
         self._steps_without_boundary = 0
-        self._skipped = SkippedSteps()
+        self._skipped = SkippedTurns()
+        self._found_inf: list[Tensor | None] = []
         self._handles = []
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._on_pre))
@@ -53,7 +56,7 @@ class OptimizerHooks:
         self._open_turn()
 
     def _on_post(self, optimizer: Optimizer, args, kwargs) -> None:
-        self._skipped.note(getattr(optimizer, "found_inf", None))
+        self._found_inf.append(getattr(optimizer, "found_inf", None))
         self._has_stepped[id(optimizer)] = True
         if all(self._has_stepped.values()):
             self._close_turn()
@@ -76,11 +79,13 @@ class OptimizerHooks:
         self._is_turn_open = False
         self._steps_without_boundary = 0
         self._has_stepped = dict.fromkeys(self._has_stepped, False)
+        self._skipped.note(self._found_inf)
+        self._found_inf.clear()
         self._after(self._skipped.take())
 
 
-class SkippedSteps:
-    """How many steps a GradScaler skipped inside a fused optimizer: it leaves `found_inf` on the optimizer.
+class SkippedTurns:
+    """How many turns a GradScaler skipped inside fused optimizers: it leaves `found_inf` on each of them.
 
     On a GPU the flag is copied to pinned memory and read when it has arrived, at a later step: nothing waits.
     """
@@ -89,10 +94,12 @@ class SkippedSteps:
         self._count = 0
         self._travelling: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
-    def note(self, found_inf: Tensor | None) -> None:
-        """Takes in one step's flag; None where no GradScaler is at work."""
-        if found_inf is None:
+    def note(self, flags: Sequence[Tensor | None]) -> None:
+        """Takes in the flags of one turn's steps; None where no GradScaler is at work."""
+        given = [flag for flag in flags if flag is not None]
+        if not given or len(given) < len(flags):
             return
+        found_inf = given[0] if len(given) == 1 else torch.stack([flag.reshape(()) for flag in given]).amin()
         if not found_inf.is_cuda:
             self._count += bool(found_inf.item())
             return
@@ -103,7 +110,7 @@ class SkippedSteps:
         self._travelling.append((event, host))
 
     def take(self) -> int:
-        """Skipped steps that have become known since the last call."""
+        """Skipped turns that have become known since the last call."""
         while self._travelling and self._travelling[0][0].query():
             self._count += bool(self._travelling.popleft()[1].item())
         count, self._count = self._count, 0

@@ -5,7 +5,8 @@
       │                 └───────fail───────────┴──> failed ───────────close───────────┤
       └──────────────────────────────close─────────────────────────────────────────────┘
 
-`start` and `close` are the training thread's, the others the communicator's.
+`start` and `close` are the training thread's, the others the communicator's: those may come late, when the training
+thread has closed already, and then change nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ MOVES: dict[tuple[Phase, str], Phase] = {
     (Phase.AVERAGED, "close"): Phase.CLOSED,
     (Phase.FAILED, "close"): Phase.CLOSED,
     (Phase.CLOSED, "close"): Phase.CLOSED,
+    (Phase.CLOSED, "agree_end"): Phase.CLOSED,
+    (Phase.CLOSED, "average"): Phase.CLOSED,
+    (Phase.CLOSED, "fail"): Phase.CLOSED,
 }
 """Every legal move; whatever is not here raises."""
 

@@ -56,6 +56,7 @@ class Display:
         self._live: Live | None = None
         self._plain: threading.Thread | None = None
         self._closing = threading.Event()
+        self._printed: Snapshot | None = None
         self._notes_printed = 0
 
     def __enter__(self) -> Display:
@@ -123,8 +124,9 @@ class Display:
 
     def _print_line(self) -> None:
         now = self._latest
-        if now is None:
+        if now is None or now is self._printed:
             return
+        self._printed = now
         for note in now.notes[self._notes_printed :]:
             self._console.print(Text(f"! {note}"), soft_wrap=True)
         self._notes_printed = len(now.notes)

@@ -67,18 +67,23 @@ class Trainer:
         self._cut = averaging.checkpoint_due
         self._saved = averaging.tally.saved_checkpoint
         self._reported_sicknesses = 0
+        self._fetched: Batch | None = None
         self._loss: float | None = None
         self._shown_s = 0.0
         self._samples_before = averaging.pace.samples
 
     def run(self) -> None:
         """Trains until `averaging.finished`, cutting checkpoints where they are due; inside `with averaging`."""
-        averaging = self._averaging
-        while not averaging.finished:
-            loss = self._local_step(next(self._batches))
+        while not self._averaging.finished:
+            batch, self._fetched = self._fetched or next(self._batches), None
+            loss = self._local_step(batch)
             self._cut_checkpoint_if_due()
             self._report(loss)
         self._cut_checkpoint_if_due()
+
+    def fetch(self) -> None:
+        """Fetches the first batch before the clock starts."""
+        self._fetched = next(self._batches)
 
     def _local_step(self, batch: Batch) -> Tensor:
         self._notes.skipped(batch.skipped)

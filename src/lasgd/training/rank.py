@@ -56,7 +56,7 @@ from lasgd.training.settings import OWN_TO_A_RANK, Settings
 from lasgd.training.timeline import Timeline, write_chrome_trace
 from lasgd.training.writer import BackgroundWriter
 
-DIGITS_EPOCHS = 30.0
+DIGITS_EPOCHS = 60.0
 EPOCHS = 10.0
 WRITE_TIMEOUT_S = 600.0
 LAST_STEP_TIMEOUT_S = 3600.0
@@ -141,8 +141,6 @@ class _Run:
             position=self.position,
             workers=self.settings.workers,
         )
-        if self.display:
-            self.display.status("")
         trainer = Trainer(
             self.settings,
             self.model,
@@ -160,7 +158,13 @@ class _Run:
         )
         ask = asking_to_stop(self.averaging.stop, terminate_too=SUPERVISOR not in os.environ)
         with closing(batches), ask:
+            trainer.fetch()
+            # The clock starts when all can: a rank whose workers are still starting is no straggler.
+            self.averaging.group.wait_exchange("ready", b"", self.settings.start_timeout_s)
+            if self.display:
+                self.display.status("")
             self.averaging.start()
+            self.timeline.start_s = self.averaging.first_step_s
             try:
                 trainer.run()
                 self.averaging.wait_end()

@@ -42,17 +42,20 @@ class Settings(BaseModel):
     samples: Annotated[int, Field(ge=1)] | None = None
     """Budget: samples of all ranks together."""
     epochs: Positive | None = None
-    """Budget in passes over the training data, instead of samples; default 30 for digits, 10 otherwise."""
+    """Budget in passes over the training data, instead of samples; default 60 for digits, 10 otherwise."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples of one local step of one rank."""
 
     lr: Positive = 0.1
     """Peak learning rate, reached after the warm-up; a cosine of global progress takes it to zero."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD; each rank keeps its own."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Of SGD, on all parameters."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the budget over which the learning rate rises linearly."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides initial values, the order of samples on each rank, augmentation and stalls."""
 
     condition: str = "fast"
     """`fast`, or joined with `+`: link=20mbit, step=100ms, straggler=last:4x, stall=1s@1%, round=1s."""
