@@ -19,6 +19,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 
+DISTURBED = 1.05
+"""Averaging makes no rank faster: a retention above this says that something else slowed the yardstick down."""
+
 Value = float | bool | None
 
 
@@ -32,6 +35,8 @@ class Bar:
     at_most: float | None = None
     """Neither given: `value` is a statement that must be true."""
     unit: str = ""
+    among: tuple[float, float] | None = None
+    """Lowest and highest of the values whose median `value` is."""
 
     @property
     def text(self) -> str:
@@ -79,7 +84,14 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The object that ends the output and is stored."""
         bars = [
-            {"what": bar.what, "value": bar.value, "unit": bar.unit, "bar": bar.text, "holds": bar.holds}
+            {
+                "what": bar.what,
+                "value": bar.value,
+                "among": bar.among,
+                "unit": bar.unit,
+                "bar": bar.text,
+                "holds": bar.holds,
+            }
             for bar in self.bars
         ]
         return _jsonable(
@@ -143,6 +155,15 @@ def run_card(settings: dict[str, Any], seeds: Iterable[int]) -> dict[str, Any]:
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median and range, with the values themselves."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": list(values)}
+
+
+def retention_bars(what: str, retention: dict[str, Any], at_least: float) -> list[Bar]:
+    """The bars of one `spread` of retentions: not too low, and not higher than can be true."""
+    median, among = retention["median"], (retention["min"], retention["max"])
+    return [
+        Bar(what, median, at_least=at_least, among=among),
+        Bar(f"{what}, undisturbed", median, at_most=DISTURBED, among=among),
+    ]
 
 
 def format_value(value: Value) -> str:

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Bar, Report, arguments_for, run_card, spread, where_to_store
-
+from common import Bar, Report, arguments_for, retention_bars, run_card, spread, where_to_store
 from lasgd.lab.conditions import parse
 from lasgd.training.run_folder import RunRecord, read_run
 
@@ -163,15 +162,18 @@ def judge(cell: Cell, repeats: Sequence[dict[Run, RunRecord]]) -> tuple[dict[str
         "link_emulation": sorted({run.link_emulation for run in everything}),
     }
     name = f"{cell.key}: {cell.condition}, {cell.ranks} ranks, {cell.model}"
-    bars = [Bar(f"{name}: retention", figures["retention"]["median"], at_least=cell.retention)]
+    bars = retention_bars(f"{name}: retention", figures["retention"], cell.retention)
     if cell.is_padded:
         bars.append(Bar(f"{name}: retention of the slowest held rank", min(of_rank.values()), at_least=cell.retention))
-        bars.append(Bar(f"{name}: steps that outlast their padding", figures["padding_overrun"], at_most=PADDING_OVERRUN))
+        bars.append(
+            Bar(f"{name}: steps that outlast their padding", figures["padding_overrun"], at_most=PADDING_OVERRUN)
+        )
     if cell.without_straggler:
         other = ("lasgd", cell.without_straggler)
         growth = [s_per_round(runs[lasgd]) / s_per_round(runs[other]) - 1 for runs in repeats]
         figures["round_growth"] = spread(growth)
-        bars.append(Bar(f"{name}: growth of the time per round", statistics.median(growth), at_most=ROUND_GROWTH))
+        what, among = f"{name}: growth of the time per round", (min(growth), max(growth))
+        bars.append(Bar(what, statistics.median(growth), at_most=ROUND_GROWTH, among=among))
     bars.append(Bar(f"{name}: waited_s / wall_s, worst rank and run", figures["waited_share"], at_most=WAITED_SHARE))
     identical = all(run.replicas_identical is True for run in averaged)
     bars.append(Bar(f"{name}: replicas identical at the end", identical))
@@ -201,7 +203,9 @@ def train(cell: Cell, run: Run, seconds: float, data: Path, seed: int, out: Path
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300 + 10 * seconds
     )
     if ended.returncode != 0:
-        raise SystemExit(f"cell {cell.key}: {algorithm} at {condition} ended with {ended.returncode}:\n{ended.stdout[-4000:]}")
+        raise SystemExit(
+            f"cell {cell.key}: {algorithm} at {condition} ended with {ended.returncode}:\n{ended.stdout[-4000:]}"
+        )
     record = read_run(out)
     if record.status != "finished":
         raise SystemExit(f"cell {cell.key}: {algorithm} at {condition} is {record.status}: {record.error}")
@@ -238,7 +242,9 @@ def only_cores(count: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def measure(cell: Cell, repeats: int, seconds: float, data: Path, seed: int, folder: Path) -> list[dict[Run, RunRecord]]:
+def measure(
+    cell: Cell, repeats: int, seconds: float, data: Path, seed: int, folder: Path
+) -> list[dict[Run, RunRecord]]:
     """All runs of one cell."""
     done = []
     with only_cores(cell.cores):
@@ -249,7 +255,10 @@ def measure(cell: Cell, repeats: int, seconds: float, data: Path, seed: int, fol
                 record = train(cell, (algorithm, condition), seconds, data, seed + number, out)
                 records[algorithm, condition] = record
                 rates = ", ".join(f"{steps_per_s(record, rank):.2f}" for rank in range(cell.ranks))
-                print(f"cell {cell.key}, pair {number + 1} of {repeats}: {algorithm:11} {condition}: {rates} steps/s", flush=True)
+                print(
+                    f"cell {cell.key}, pair {number + 1} of {repeats}: {algorithm:11} {condition}: {rates} steps/s",
+                    flush=True,
+                )
             done.append(records)
     return done
 

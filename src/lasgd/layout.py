@@ -123,7 +123,7 @@ class Layout:
         ]
 
     def _nearest_row(self, at: int) -> int:
-        entry = next(entry for entry in self.entries if at < entry.end)
+        entry = next((entry for entry in self.entries if at < entry.end), self.entries[-1])
         row = _row_size(entry.tensor())
         return entry.begin + round((at - entry.begin) / row) * row
 

@@ -28,7 +28,7 @@ class Column(IntEnum):
     SAMPLES = 0  # processed since the start of the run
     LOCAL_STEPS = 1  # likewise
     STEP_S = 2  # seconds per local step; 0: not known yet
-    ROUND_S = 3  # seconds that the latest round's vector was on its way; 0: not known yet
+    ROUND_S = 3  # seconds of the latest round, from this rank's joining to its end; 0: not known yet
     PARTS = 4  # fragments that the vector was cut into in that latest round
     WEIGHT = 5  # of this rank's contribution to this round
     SICK = 6  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
@@ -81,7 +81,7 @@ class Pace:
         """Finished rounds."""
         self.samples = 0
         self.due_s = 0.0
-        """The next round begins no earlier than this many seconds after the latest one was agreed."""
+        """The next round begins no earlier than this many seconds after the latest one has ended."""
         self.end: End | None = None
         self.checkpoint = 0
         """Number of the newest checkpoint that is to be cut; 0: none yet."""
@@ -162,8 +162,9 @@ class Pace:
     def _agree_on_time(self, rows: list[list[float]]) -> None:
         # The median, because a straggler drags the mean; the lower one, because of two ranks one may be a straggler.
         step_s = _median_low(row[Column.STEP_S] for row in rows)
-        self.due_s = self.steps_per_round * step_s if step_s else IDLE_S
-        round_s = _median_low(row[Column.ROUND_S] for row in rows)
+        # The least, because the rank that joined last waited for nobody: its time is the round's own.
+        round_s = min((row[Column.ROUND_S] for row in rows if row[Column.ROUND_S] > 0), default=0.0)
+        self.due_s = max(0.0, self.steps_per_round * step_s - round_s) if step_s else IDLE_S
         if self._delay and step_s and round_s:
             parts = int(max(row[Column.PARTS] for row in rows))  # the same on all that know it
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
@@ -224,7 +225,7 @@ class Delay:
             if len(self._recent) >= self.LEAST_ROUNDS:
                 self._before = (self._parts, statistics.median(self._recent))
             self._parts = parts
-            self._recent = deque(maxlen=max(5, 2 * parts))
+            self._recent = deque(maxlen=max(9, 2 * parts))
         self._recent.append(round_steps)
         if len(self._recent) < max(self.LEAST_ROUNDS, parts):
             return asked

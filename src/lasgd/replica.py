@@ -97,6 +97,7 @@ class Replica:
         self._is_recovering = False
         self._is_frozen = False
         self._cut(fragments)
+        self.fences.merged()  # the communicator's first reading comes after all that has been set up here
 
     # The communicator's side
 

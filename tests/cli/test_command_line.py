@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ import lasgd.lab.launch
 import lasgd.training
 from lasgd.cli.app import main
 from lasgd.errors import ConfigurationError, LasgdError
+from lasgd.training.run_folder import RunRecord, write_run
 from lasgd.training.settings import Settings
 
 
@@ -134,8 +136,10 @@ def test_a_folder_with_something_in_it_is_not_written_over(launched, capsys, tmp
 
 
 def started_run(folder: Path, settings: Settings) -> Path:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "one").touch()
+    cut = folder / "checkpoints" / "000001"
+    cut.mkdir(parents=True)
+    for rank in range(settings.ranks or 4):
+        (cut / f"rank-{rank}.pt").touch()
     (folder / "settings.json").write_text(settings.model_dump_json())
     return folder
 
@@ -153,9 +157,23 @@ def test_resuming_otherwise_or_from_nothing_is_refused(launched, capsys, tmp_pat
     started_run(tmp_path / "run", Settings(ranks=3))
     assert "--lr: 0.2 differs from the resumed run's 0.1" in refused(capsys, "--resume", "run", "--lr", "0.2")
     assert "has 3 ranks, this would have 2" in refused(capsys, "--resume", "run", "--ranks", "2")
-    (tmp_path / "run" / "checkpoints" / "one").unlink()
-    assert "holds no checkpoint" in refused(capsys, "--resume", "run")
+    (tmp_path / "run" / "checkpoints" / "000001" / "rank-2.pt").unlink()
+    assert "holds no checkpoint of all 3 ranks" in refused(capsys, "--resume", "run")
     assert launched.calls == []
+
+
+def test_a_start_that_failed_does_not_block_the_next_attempt(launched, capsys, tmp_path):
+    started_run(tmp_path / "run", Settings())
+    assert "run is not empty" in refused(capsys, "--out", "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    record = RunRecord(
+        status="failed", algorithm="lasgd", condition="fast", settings={}, environment={}, world_size=4, error="no GPU"
+    )
+    write_run(tmp_path / "run", record)
+    (tmp_path / "run" / "logs").mkdir()
+    assert main(["train", "--out", "run"]) == 0
+    write_run(tmp_path / "run", record.model_copy(update={"status": "finished"}))
+    assert "run is not empty" in refused(capsys, "--out", "run")
 
 
 def test_errors_during_the_run_exit_with_one_and_mistakes_with_two(launched, capsys):

@@ -237,8 +237,10 @@ def test_an_exit_code_without_a_reason_points_to_the_log(fakes):
 
 
 def test_a_failed_run_with_a_checkpoint_says_how_to_go_on(fakes):
-    (fakes.out / "checkpoints").mkdir(parents=True)
-    (fakes.out / "checkpoints" / "one").touch()
+    cut = fakes.out / "checkpoints" / "000001"
+    cut.mkdir(parents=True)
+    for rank in range(2):
+        (cut / f"rank-{rank}.pt").touch()
     fakes.behave(rank_1="raise", other="wait")
     with pytest.raises(LasgdError, match=r"go on with: lasgd train --resume .*out$"):
         fakes.launch(2)

@@ -65,6 +65,14 @@ def test_the_digits_are_split_four_to_one_in_every_class():
     assert np.abs(val / (train + val) - 0.2).max() < 0.005  # rounding to whole images, of about 180 a class
 
 
+def test_the_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    for ours, theirs in zip(data_module._load_digits(), load_digits(return_X_y=True), strict=True):
+        assert np.array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
 def test_the_digits_are_split_the_same_way_every_time_and_share_no_image():
     first, second = open_data("digits"), open_data("digits")
     assert np.array_equal(first.val.pixels, second.val.pixels)

@@ -133,11 +133,12 @@ def test_a_log_gets_plain_lines_and_each_note_once():
         display.update(replace(HALF, notes=("one",)))
         display._print_line()
         display._print_line()  # nothing new: no second line
-        display.status("evaluating")
+        display.status("evaluating", "1 of 2")
+        display.status("evaluating", "2 of 2")
         display.update(replace(HALF, notes=("one", "two")))
     display.close()
     lines = paper.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines == ["! one", plain_line(HALF), "a run: evaluating", "! two", plain_line(HALF)]
+    assert lines == ["! one", plain_line(HALF), "evaluating", "! two", plain_line(HALF)]
     assert "\x1b" not in "".join(lines)
 
 

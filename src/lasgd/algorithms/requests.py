@@ -28,7 +28,7 @@ class NextRound:
     """Wait until the next round is due. Answer: None."""
 
     not_before_s: float
-    """Seconds after the latest round's agreement, the same on every rank."""
+    """Seconds after the latest round's end, the same on every rank; before the first round, after its own request."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from cyclopts import Group, Parameter
 
 from lasgd.cli import config as sources
 from lasgd.errors import ConfigurationError, LasgdError, unknown
-from lasgd.training.settings import Settings, default_out
+from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.training.run_folder import (
+    LinkEmulation,
+    has_checkpoint,
+    holds_nothing_to_lose,
+    write_json_atomically,
+    write_unfinished,
+)
+from lasgd.training.settings import BUILT_IN_MODELS, Settings, default_out
 
 DEFAULT_RANKS = 4
 
@@ -71,19 +79,20 @@ def train(
     out = out or _new_default(merged)
 
     if rank in (None, 0):
-        prepare_folder(out, resume)
+        prepare_folder(out, resume, world_size)
+        print(
+            f"training {merged.model} on {merged.data} with {merged.algorithm}: {world_size} {_ranks(world_size)}, "
+            f"condition {merged.condition}; results go to {out}",
+            flush=True,
+        )
     with _explaining_surprises(out):
         if under_torchrun:
-            return _run_one_rank(merged, out, resume, rank or 0)
-        from lasgd.lab.launch import has_checkpoint, launch
-        from lasgd.lab.supervisor import INTERRUPTED
+            return _run_one_rank(merged, out, resume, world_size, rank or 0)
+        from lasgd.lab.launch import launch
 
-        print(
-            f"{merged.algorithm} on {merged.data}, {world_size} {_ranks(world_size)}; results go to {out}", flush=True
-        )
         code = launch(merged, out, resume, world_size)
-        if code == INTERRUPTED and has_checkpoint(out):
-            print(f"interrupted; go on with: lasgd train --resume {out}", file=sys.stderr)
+        if code == INTERRUPTED:
+            print(_how_to_go_on(out, world_size), file=sys.stderr)
         return code
 
 
@@ -112,26 +121,33 @@ def check_data_and_model(settings: Settings) -> None:
 
     Raises ConfigurationError, DataError.
     """
-    from lasgd.training.data import open_data
-    from lasgd.training.models import build_model
+    # What cannot be wrong is left to the ranks: torch takes seconds to import, and they all start with it anyway.
+    if settings.model not in BUILT_IN_MODELS:
+        from lasgd.training.models import build_model
 
-    build_model(settings.model, num_classes=10, channels=3, norm=settings.norm)
-    if settings.data != "digits" or settings.image_size is not None:  # digits alone are sound, and take a second
+        build_model(settings.model, num_classes=10, channels=3, norm=settings.norm)
+    if settings.device == "cuda":
+        from lasgd.training.setup import pick_device
+
+        pick_device(settings.device)
+    if settings.data != "digits" or settings.image_size is not None:
+        from lasgd.training.data import open_data
+
         if Path(settings.data).is_file():
             print(f"opening {settings.data}; an archive is unpacked the first time", flush=True)
         open_data(settings.data, settings.image_size)
 
 
-def prepare_folder(out: Path, resume: Path | None) -> None:
+def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
     """Creates the run folder. Raises ConfigurationError where `out` holds something that this run would write over."""
-    if resume is not None:
-        from lasgd.lab.launch import has_checkpoint
-
-        if not has_checkpoint(resume):
-            raise ConfigurationError(f"--resume: {resume} holds no checkpoint to continue from.")
+    if resume is not None and not has_checkpoint(resume, world_size):
+        raise ConfigurationError(
+            f"--resume: {resume} holds no checkpoint of all {world_size} {_ranks(world_size)} to continue from. "
+            "Start a new run."
+        )
     continues = resume is not None and out.exists() and out.samefile(resume)
     try:
-        if out.is_dir() and any(out.iterdir()) and not continues:
+        if out.is_dir() and not continues and not holds_nothing_to_lose(out):
             raise ConfigurationError(
                 f"--out: {out} is not empty. Name another folder, remove it, or continue its run with --resume {out}."
             )
@@ -158,20 +174,34 @@ def _world(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
     return world_size, rank
 
 
-def _run_one_rank(settings: Settings, out: Path, resume: Path | None, rank: int) -> int:
+def _run_one_rank(settings: Settings, out: Path, resume: Path | None, world_size: int, rank: int) -> int:
     from lasgd.lab.conditions import parse
     from lasgd.lab.rank_process import record_error
-    from lasgd.training.rank import run_rank
-    from lasgd.training.run_folder import write_json_atomically
 
+    emulated = parse(settings.condition).bandwidth_bytes_per_s is not None
+    emulation: LinkEmulation = "user space" if emulated else "none"
+    stored = settings.model_dump(mode="json")
     try:
         if rank == 0:
-            write_json_atomically(out / "settings.json", settings.model_dump(mode="json"))
-        emulated = parse(settings.condition).bandwidth_bytes_per_s is not None
-        return run_rank(settings, out, resume, "user space" if emulated else "none")
+            write_json_atomically(out / "settings.json", stored)
+        from lasgd.training.rank import run_rank
+
+        code = run_rank(settings, out, resume, emulation)
     except Exception as error:
         record_error(error)  # for torchrun's report
+        if rank == 0:
+            with contextlib.suppress(LasgdError):  # must not hide why the run failed
+                write_unfinished(out, stored, world_size, emulation, "failed", str(error))
         raise
+    if code == INTERRUPTED and rank == 0:
+        print(_how_to_go_on(out, world_size), file=sys.stderr)
+    return code
+
+
+def _how_to_go_on(out: Path, world_size: int) -> str:
+    if has_checkpoint(out, world_size):
+        return f"interrupted; go on with: lasgd train --resume {out}"
+    return "interrupted before the first checkpoint; nothing to go on with"
 
 
 def _new_default(settings: Settings) -> Path:

@@ -24,6 +24,9 @@ from lasgd.group.cost import ring_bytes_sent
 
 T = TypeVar("T")
 
+ABORT_S = 1.0
+"""Longest wait for connections to close."""
+
 STORE_IS_SILENT = "The host of the store does not answer: rank 0's process, or the launcher on its machine; silent: 0."
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
@@ -152,8 +155,15 @@ class C10dGroup:
 
     def _abort(self) -> None:
         gloo, self._gloo = self._gloo, None
-        if gloo is not None:
-            gloo.abort()  # closes the connections, so that whoever waits for this rank hears of it at once
+        if gloo is None:
+            return
+        # Closes the connections, so that whoever waits for this rank hears of it. Where the training thread leaves in
+        # the middle of the communicator's collective, torch waits for that to end, in abort or in the destructor; so
+        # the thread takes over the last reference.
+        thread = threading.Thread(target=_close, args=(gloo,), name="lasgd-abort", daemon=True)
+        del gloo
+        thread.start()
+        thread.join(ABORT_S)
 
     def _guarded(self, collective: Callable, what: str, timeout_s: float):
         if self._gloo is None:
@@ -208,6 +218,10 @@ class C10dGroup:
         # If the store's host is gone, nobody is left to read the message.
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(key, value)
+
+
+def _close(gloo: dist.ProcessGroupGloo) -> None:
+    gloo.abort()
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -34,6 +34,7 @@ class Network:
         self.reasons: dict[int, str] = {}
         self._changed = threading.Condition()
         self._joined: dict[int, Any] = {}
+        self._heard: set[int] = set()  # of those in the present collective, also those that have given up
         self._result: Any = None
         self._error: Exception | None = None
         self._left: set[int] = set()
@@ -65,6 +66,7 @@ class Network:
             _, combine, _ = next(iter(self._joined.values()))
             self._result = combine({rank: value for rank, (_, _, value) in sorted(self._joined.items())})
         self._joined.clear()
+        self._heard.clear()
         self.collectives += 1
         self._changed.notify_all()
 
@@ -75,6 +77,7 @@ class Network:
             if others:
                 raise PeerError(f"rank {rank} is in {what!r}, others are in {sorted(others)}: collectives out of order")
             self._joined[rank] = (what, combine, value)
+            self._heard.add(rank)
             self._changed.notify_all()
             if self.deliver_at_once and len(self._joined) == self.world_size:
                 self._finish(None)
@@ -82,7 +85,7 @@ class Network:
             while self.collectives == number:
                 left = deadline_s - time.monotonic()
                 if left <= 0 or self._left:
-                    silent = sorted(set(range(self.world_size)) - set(self._joined))
+                    silent = sorted(set(range(self.world_size)) - self._heard)
                     self._joined.pop(rank, None)
                     why = "".join(f" Rank {r} left: {text}." for r, text in sorted(self.reasons.items()))
                     raise PeerError(f"{what} not finished (scripted network). Silent: {silent}.{why}")

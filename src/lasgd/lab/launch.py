@@ -20,8 +20,15 @@ from rich.console import Console
 
 import lasgd.errors
 from lasgd.errors import LasgdError
-from lasgd.lab.supervisor import INTERRUPTED, Ended, Outcome, RankCommand, Supervisor
-from lasgd.training.run_folder import LinkEmulation, RunRecord, environment, read_json, write_json_atomically, write_run
+from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.lab.supervisor import Ended, Outcome, RankCommand, Supervisor
+from lasgd.training.run_folder import (
+    LinkEmulation,
+    has_checkpoint,
+    read_json,
+    write_json_atomically,
+    write_unfinished,
+)
 from lasgd.training.settings import Settings
 
 TRAIN = ("-m", "lasgd.lab.rank_process", "lasgd.training.rank")
@@ -112,7 +119,7 @@ def launch(
     reason = None if outcome.cause is None else _reason(outcome.cause, world_size)
     _complete_record(out, settings, world_size, emulation, outcome, reason, earlier_run)
     if reason is not None and outcome.cause is not None:
-        raise _with_hints(reason, out, outcome.cause.rank)
+        raise _with_hints(reason, out, outcome.cause.rank, world_size)
     return INTERRUPTED if outcome.interrupted or _any_interrupted(outcome) else 0
 
 
@@ -201,21 +208,15 @@ def _reason(end: Ended, world_size: int) -> LasgdError:
     return LasgdError(f"{who} exited with code {end.code} and gave no reason; the other ranks were ended.")
 
 
-def _with_hints(reason: LasgdError, out: Path, rank: int) -> LasgdError:
+def _with_hints(reason: LasgdError, out: Path, rank: int, world_size: int) -> LasgdError:
     """The same error, with where to look and how to go on."""
     lines = [str(reason)]
     log = _log(out, rank)
     if log.exists() and log.stat().st_size:
         lines.append(f"See {log}")
-    if has_checkpoint(out):
+    if has_checkpoint(out, world_size):
         lines.append(f"The newest checkpoint is kept; go on with: lasgd train --resume {out}")
     return type(reason)("\n".join(lines))
-
-
-def has_checkpoint(out: Path) -> bool:
-    """Whether the run in the folder `out` can be resumed."""
-    checkpoints = out / "checkpoints"
-    return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
 def _signal_name(number: int) -> str:
@@ -246,17 +247,7 @@ def _complete_record(
         if written_by_rank_0:
             write_json_atomically(path, read_json(path) | {"status": status, "error": text})
         else:
-            record = RunRecord(
-                status=status,
-                algorithm=settings.algorithm,
-                condition=settings.condition,
-                settings=settings.model_dump(mode="json"),
-                environment=environment(),
-                world_size=world_size,
-                link_emulation=emulation,
-                error=text,
-            )
-            write_run(out, record)
+            write_unfinished(out, settings.model_dump(mode="json"), world_size, emulation, status, text)
     except LasgdError as unwritten:
         print(f"lasgd: {unwritten}", file=sys.stderr)  # must not hide why the run failed
 

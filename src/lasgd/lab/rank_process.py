@@ -22,6 +22,8 @@ from pathlib import Path
 
 SUPERVISOR = "LASGD_SUPERVISOR_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+INTERRUPTED = 130
+"""Exit code of a rank that ended cleanly because it was asked to, and of the command then; shells have the same."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -41,6 +43,7 @@ class RecordedError:
 def die_with_parent(parent: int) -> None:
     """Asks the kernel to kill this process when process `parent`, which started it, is gone; Linux only.
 
+    The kernel means the *thread* that started this process: it should be one that lives as long as the parent does.
     Also for DataLoader workers: call it in `worker_init_fn`. Not inherited by children.
     """
     if sys.platform == "linux":

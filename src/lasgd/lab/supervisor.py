@@ -25,10 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from lasgd.lab.rank_process import ERROR_FILE, SUPERVISOR, RecordedError, read_error
-
-INTERRUPTED = 130
-"""Exit code of a rank that ended cleanly because it was asked to, and of the command then."""
+from lasgd.lab.rank_process import ERROR_FILE, INTERRUPTED, SUPERVISOR, RecordedError, read_error
 
 _POLL_S = 0.05
 

@@ -20,7 +20,7 @@ from lasgd.replica import Replica
 from lasgd.runtime.averaging import Averaging
 from lasgd.tally import Tally
 
-_BROADCAST_BYTES = 16 * 2**20
+_SMALL_BYTES = 2**20
 
 
 def attach(
@@ -150,23 +150,37 @@ def wait_equal_models(group: Group, description: list[tuple[str, list[int], str]
 
 
 def wait_broadcast_model(group: Group, model: nn.Module, timeout_s: float) -> None:
-    """Gives every rank rank 0's parameters and persistent buffers, bit for bit."""
-    tensors = [t for t in unique_state(model).values() if t.numel()]
-    batch: list[Tensor] = []
-    for index, tensor in enumerate(tensors):
-        batch.append(tensor)
-        if index + 1 == len(tensors) or sum(t.nbytes for t in batch) >= _BROADCAST_BYTES:
-            _wait_broadcast(group, batch, timeout_s)
-            batch = []
+    """Gives every rank rank 0's parameters and persistent buffers, bit for bit. Large tensors travel in place."""
+    small: list[Tensor] = []
+    for tensor in unique_state(model).values():
+        if tensor.nbytes < _SMALL_BYTES:
+            small.append(tensor)
+        else:
+            _wait_broadcast_large(group, tensor.detach(), timeout_s)
+        if sum(t.nbytes for t in small) >= _SMALL_BYTES:
+            _wait_broadcast_small(group, small, timeout_s)
+            small = []
+    _wait_broadcast_small(group, small, timeout_s)
+
+
+def _wait_broadcast_large(group: Group, tensor: Tensor, timeout_s: float) -> None:
+    travels_itself = tensor.device.type == "cpu" and tensor.is_contiguous()
+    whole = tensor if travels_itself else tensor.contiguous().cpu()
+    group.wait_broadcast(whole.view(-1).view(torch.uint8), group.members[0], timeout_s)
+    if not travels_itself:
+        tensor.copy_(whole)
 
 
 @torch.no_grad()
-def _wait_broadcast(group: Group, tensors: list[Tensor], timeout_s: float) -> None:
-    flat = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8).cpu() for t in tensors])
+def _wait_broadcast_small(group: Group, tensors: list[Tensor], timeout_s: float) -> None:
+    tensors = [t.detach() for t in tensors if t.numel()]
+    if not tensors:
+        return
+    flat = torch.cat([t.contiguous().view(-1).view(torch.uint8).cpu() for t in tensors])
     group.wait_broadcast(flat, group.members[0], timeout_s)
     for tensor, received in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
         # clone: a view of another dtype needs its memory aligned, and a piece of `flat` may begin anywhere
-        tensor.detach().copy_(received.clone().view(tensor.dtype).view(tensor.shape))
+        tensor.copy_(received.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:

@@ -194,7 +194,8 @@ class Averaging:
         if self._is_averaged:
             return
         if self._phase.now in (Phase.READY, Phase.CLOSED):
-            raise ConfigurationError(f"wait_end comes between start and close; this averaging is {self._phase.now.value}")
+            now = self._phase.now.value
+            raise ConfigurationError(f"wait_end comes between start and close; this averaging is {now}")
         begin_s = time.monotonic()
         self.tally.has_left = True
         if not self._algorithm.ends_identical and self.pace.end is None:
@@ -253,8 +254,8 @@ class Averaging:
             self._raise_failure()
             if self._communicator.ended.is_set():
                 raise ConfigurationError(
-                    f"rank {self.rank} of {self.world_size}: the run has ended ({self.pace.end and self.pace.end.value}) "
-                    "and no mean was kept. Attach with keep_mean=True, or ask for mean_weights() earlier"
+                    f"rank {self.rank} of {self.world_size}: the run has ended, and no mean was kept. "
+                    "Attach with keep_mean=True, or ask for mean_weights() earlier"
                 )
             raise PeerError(
                 f"rank {self.rank} of {self.world_size}: no whole mean has arrived within {self._timeout_s:g} s "

@@ -47,7 +47,7 @@ class Communicator(threading.Thread):
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._begun = threading.Event()
         self._closing = threading.Event()
-        self._joined_s: float | None = None
+        self._arrived_s: float | None = None
         self._round_s, self._round_parts = 0.0, 0
         self._buffer = replica.fences.host_buffer(0, replica.layout.dtype)
 
@@ -99,7 +99,7 @@ class Communicator(threading.Thread):
     def _wait_due(self, not_before_s: float) -> Stop | None:
         self._begun.wait()  # ended by begin() or close(), which leaving the `with` block calls
         if self.failure is None:
-            since_s = time.monotonic() - self._joined_s if self._joined_s is not None else not_before_s
+            since_s = time.monotonic() - self._arrived_s if self._arrived_s is not None else 0.0
             self._closing.wait(max(0.0, not_before_s - since_s))
         return Stop() if self._closing.is_set() or self.failure is not None else None
 
@@ -124,15 +124,15 @@ class Communicator(threading.Thread):
             self._round_parts,
         )
         begin_s = time.monotonic()
-        is_first = self._joined_s is None
+        is_first = self._arrived_s is None
         try:
             timeout_s = self._start_timeout_s if is_first else self._timeout_s
-            joined_s, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
+            _, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
         except PeerError as error:
             self._fail(PeerError(f"{self._where()}: {error}"))
             return Failure(error)
         self._record("round", begin_s, arrived_s)
-        self._joined_s, self._round_s = joined_s, arrived_s - joined_s
+        self._arrived_s, self._round_s = arrived_s, arrived_s - begin_s
         self._round_parts = len(replica.fragments)
         weight = header[:, Column.WEIGHT].sum().item()
         if weight == 0:

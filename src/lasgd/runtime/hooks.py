@@ -33,13 +33,16 @@ class OptimizerHooks:
         self._before, self._after = before, after
         self._has_stepped = dict.fromkeys(map(id, optimizers), False)
         self._is_turn_open = False
+        self._stepping: set[int] = set()
         self._steps_without_boundary = 0
         self._skipped = SkippedTurns()
         self._found_inf: list[Tensor | None] = []
         self._handles = []
+        # Where `optimizer.step` is compiled its hooks would be too, clocks and locks within them.
+        pre, post = torch.compiler.disable(self._on_pre), torch.compiler.disable(self._on_post)
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._on_pre))
-            self._handles.append(optimizer.register_step_post_hook(self._on_post))
+            self._handles.append(optimizer.register_step_pre_hook(pre))
+            self._handles.append(optimizer.register_step_post_hook(post))
 
     def boundary(self) -> None:
         """Ends the turn now, whoever has stepped: for loops whose steps run no hooks (CUDA graphs)."""
@@ -53,9 +56,13 @@ class OptimizerHooks:
         self._handles = []
 
     def _on_pre(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._stepping.add(id(optimizer))
         self._open_turn()
 
     def _on_post(self, optimizer: Optimizer, args, kwargs) -> None:
+        if id(optimizer) not in self._stepping:
+            return  # a subclass whose step calls its parent's: torch runs the hooks for both, pre, pre, post, post
+        self._stepping.discard(id(optimizer))
         self._found_inf.append(getattr(optimizer, "found_inf", None))
         self._has_stepped[id(optimizer)] = True
         if all(self._has_stepped.values()):

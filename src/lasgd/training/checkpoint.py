@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lasgd.errors import ConfigurationError
+from lasgd.errors import ConfigurationError, LasgdError
 from lasgd.training.run_folder import replacing
 from lasgd.training.settings import OWN_TO_A_RANK
 
@@ -38,9 +38,17 @@ class Checkpoints:
     def write(self, number: int, state: Mapping[str, Any]) -> None:
         """Writes this rank's part, whole or not at all. Raises LasgdError, naming the file."""
         path = self.part(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save({"version": VERSION, "number": number, **state}, temporary)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                # Into a file of ours: torch's own says of a full disk no more than that some assertion failed.
+                torch.save({"version": VERSION, "number": number, **state}, file)
+        except (LasgdError, OSError, RuntimeError) as error:
+            with suppress(OSError):
+                path.parent.rmdir()
+            if isinstance(error, LasgdError):
+                raise
+            raise LasgdError(f"{path} could not be written: {_reason(error)}; earlier checkpoints are kept.") from error
 
     def numbers(self) -> list[int]:
         """The cuts of which this rank has its part, ascending."""
@@ -55,9 +63,8 @@ class Checkpoints:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise ConfigurationError(
-                f"rank {self.rank}: the checkpoint {path} cannot be read: {reason}. Remove its folder "
+                f"rank {self.rank}: the checkpoint {path} cannot be read: {_reason(error)}. Remove its folder "
                 f"{path.parent} to resume from the one before"
             ) from error
         if not isinstance(state, dict) or state.get("version") != VERSION:
@@ -72,6 +79,15 @@ class Checkpoints:
                     self.part(older).unlink()
                 with suppress(OSError):
                     self.part(older).parent.rmdir()
+
+    def remove_unfinished(self) -> None:
+        """Removes what this rank was writing when it was killed."""
+        if self.folder.is_dir():
+            for temporary in self.folder.glob(f"*/.rank-{self.rank}.pt.*.tmp"):
+                with suppress(OSError):
+                    temporary.unlink()
+                with suppress(OSError):
+                    temporary.parent.rmdir()
 
     def remove_after(self, number: int) -> None:
         """Removes this rank's parts of cuts newer than the one that the run goes on from."""
@@ -108,6 +124,16 @@ def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], world_size
                 f"the checkpoint in {folder} is of a run with {name}={before.get(name)!r}, this one has "
                 f"{name}={now.get(name)!r}. Resume with the settings it had"
             )
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, also where torch has hidden it behind an error of its own; else the first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def copied(state: Any) -> Any:

@@ -7,6 +7,7 @@ order.py, the worker processes in workers.py.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -114,11 +115,9 @@ def _not_there(name: str, path: Path) -> DataError:
 
 
 def _open_digits(image_size: int | None) -> ImageData:
-    from sklearn.datasets import load_digits
-
     if image_size not in (None, 8):
         raise DataError(f"the digits are 8x8 pixels and stay so; got image size {image_size}. Leave --image-size out.")
-    flat, labels = load_digits(return_X_y=True)  # (1797, 64) floats 0 to 16, (1797,)
+    flat, labels = _load_digits()  # (1797, 64) floats 0 to 16, (1797,)
     pixels = flat.astype(np.uint8).reshape(-1, 8, 8, 1)
     held_out = np.zeros(len(labels), bool)
     for label in range(10):  # a fifth of each class, the same for every seed
@@ -135,6 +134,19 @@ def _open_digits(image_size: int | None) -> ImageData:
         mean=DIGITS_MEAN,
         std=DIGITS_STD,
     )
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """What `sklearn.datasets.load_digits` gives, where possible without the seconds that importing sklearn takes."""
+    package = importlib.util.find_spec("sklearn")
+    for place in (package and package.submodule_search_locations) or ():
+        file = Path(place) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")  # (1797, 65), the label last
+            return table[:, :-1], table[:, -1].astype(int)
+    from sklearn.datasets import load_digits
+
+    return load_digits(return_X_y=True)
 
 
 def _open_folder(folder: Path, name: str, image_size: int | None) -> ImageData:

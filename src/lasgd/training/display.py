@@ -53,9 +53,11 @@ class Display:
         self._plain_every_s = plain_every_s
         self._latest: Snapshot | None = None
         self._status = ""
+        self._text = ""
         self._live: Live | None = None
         self._plain: threading.Thread | None = None
         self._closing = threading.Event()
+        self._printing = threading.Lock()
         self._printed: Snapshot | None = None
         self._notes_printed = 0
 
@@ -75,11 +77,16 @@ class Display:
         """Takes over the latest state; costs the caller an assignment."""
         self._latest = snapshot
 
-    def status(self, text: str) -> None:
-        """Says what is being done outside the local steps, such as `evaluating`; empty for training."""
-        self._status = text
-        if self._plain is not None and text:
-            self._console.print(Text(f"{self._title}: {text}"), soft_wrap=True)
+    def status(self, text: str, detail: str = "") -> None:
+        """Says what is being done outside the local steps, such as `evaluating`; empty for training.
+
+        `detail`, such as `3 of 9`, is for terminals: a log gets a line when the text changes.
+        """
+        is_news = text != self._text
+        self._text, self._status = text, f"{text} {detail}".rstrip()
+        if self._plain is not None and text and is_news:
+            self._print_line()
+            self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Shows the latest state a last time and ends the display's thread."""
@@ -123,22 +130,22 @@ class Display:
             self._print_line()
 
     def _print_line(self) -> None:
-        now = self._latest
-        if now is None or now is self._printed:
-            return
-        self._printed = now
-        for note in now.notes[self._notes_printed :]:
-            self._console.print(Text(f"! {note}"), soft_wrap=True)
-        self._notes_printed = len(now.notes)
-        self._console.print(Text(plain_line(now)), soft_wrap=True)
+        with self._printing:
+            now = self._latest
+            if now is None or now is self._printed:
+                return
+            self._printed = now
+            for note in now.notes[self._notes_printed :]:
+                self._console.print(Text(f"! {note}"), soft_wrap=True)
+            self._notes_printed = len(now.notes)
+            self._console.print(Text(plain_line(now)), soft_wrap=True)
 
 
 def plain_line(now: Snapshot) -> str:
     """One line without colours or motion, for logs."""
     figures = ", ".join(f"{name} {value}" for row in _figures(now) for name, value in row)
-    return (
-        f"{now.samples:,} of {now.budget:,} samples ({now.samples / max(1, now.budget):.0%}), {_left(now)}, {figures}"
-    )
+    share = min(1.0, now.samples / max(1, now.budget))
+    return f"{now.samples:,} of {now.budget:,} samples ({share:.0%}), {_left(now)}, {figures}"
 
 
 def _left(now: Snapshot) -> str:

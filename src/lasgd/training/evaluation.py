@@ -34,6 +34,10 @@ class SavedMeans:
             metadata = {"samples": str(samples), "wall_s": repr(wall_s)}
             safetensors.torch.save_file({"mean": vector}, temporary, metadata=metadata)
 
+    def __len__(self) -> int:
+        """How many means are saved."""
+        return len(list(self.folder.glob("*.safetensors")))
+
     def __iter__(self) -> Iterator[tuple[int, float, Tensor]]:
         """(samples, wall_s, vector), in the order of samples."""
         for path in sorted(self.folder.glob("*.safetensors")):

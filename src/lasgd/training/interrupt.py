@@ -8,9 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
 
 @contextmanager
 def asking_to_stop(ask: Callable[[], None], terminate_too: bool) -> Iterator[None]:

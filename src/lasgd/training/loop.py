@@ -21,15 +21,29 @@ from lasgd.training.settings import Settings
 from lasgd.training.writer import BackgroundWriter
 
 SHOW_EVERY_S = 0.25
+LAST_CHECKPOINT_S = 60.0
+"""Seconds that the checkpoint of an interrupted run waits for the disk to take the one before."""
 LOSS_SMOOTHING = 0.7
 
 
 @dataclass
 class Notes:
-    """What went wrong and was mended, for the display and run.json. Any thread may add."""
+    """What went wrong and was mended. Any thread may add."""
 
     lines: list[str] = field(default_factory=list)
+    """All of it, for the display."""
+    troubles: list[str] = field(default_factory=list)
+    """What run.json has no field of its own for."""
     skipped_images: dict[str, None] = field(default_factory=dict)
+    say: Callable[[str], None] | None = None
+    """Where a trouble is told at once; None: whoever shows `lines` does."""
+
+    def add(self, trouble: str) -> None:
+        """Something that was left out, such as a checkpoint on a full disk."""
+        self.lines.append(trouble)
+        self.troubles.append(trouble)
+        if self.say is not None:
+            self.say(trouble)
 
     def skipped(self, images: tuple[str, ...]) -> None:
         """Images that could not be read; each is named once."""
@@ -78,8 +92,8 @@ class Trainer:
             batch, self._fetched = self._fetched or next(self._batches), None
             loss = self._local_step(batch)
             self._cut_checkpoint_if_due()
-            self._report(loss)
-        self._cut_checkpoint_if_due()
+            self._show_now_and_then(loss)
+        self._cut_checkpoint_if_due(patience_s=LAST_CHECKPOINT_S)
 
     def fetch(self) -> None:
         """Fetches the first batch before the clock starts."""
@@ -101,7 +115,7 @@ class Trainer:
         self._optimizer.zero_grad()
         return loss.detach()
 
-    def _cut_checkpoint_if_due(self) -> None:
+    def _cut_checkpoint_if_due(self, patience_s: float = 0.0) -> None:
         number = self._averaging.checkpoint_due
         self._averaging.tally.saved_checkpoint = self._saved
         if number == self._cut:
@@ -118,8 +132,8 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
         }
         durable = self._averaging.pace.durable_checkpoint
-        if not self._writer.submit(lambda: self._write(number, state, durable)):
-            self._notes.lines.append(f"checkpoint {number} left out: the disk is still busy with the one before")
+        if not self._writer.wait_submit(lambda: self._write(number, state, durable), patience_s):
+            self._notes.add(f"checkpoint {number} left out: the disk is still busy with the one before")
 
     def _write(self, number: int, state: dict[str, Any], durable: int) -> None:
         self._checkpoints.write(number, state)
@@ -129,13 +143,18 @@ class Trainer:
     def _wall_s(self) -> float:
         return self._earlier_wall_s + time.monotonic() - (self._averaging.first_step_s or time.monotonic())
 
-    def _report(self, loss: Tensor) -> None:
+    def _show_now_and_then(self, loss: Tensor) -> None:
         now_s = time.monotonic()
         if now_s - self._shown_s < SHOW_EVERY_S:
             return
         self._shown_s = now_s
         latest = loss.item()
         self._loss = latest if self._loss is None else LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * latest
+        self.show()
+
+    def show(self) -> None:
+        """Hands over where the run stands now; after the agreed end, where it stood then."""
+        now_s = self._averaging.end_agreed_s or time.monotonic()
         pace, tally = self._averaging.pace, self._averaging.tally
         for sickness in pace.sicknesses[self._reported_sicknesses :]:
             self._reported_sicknesses += 1

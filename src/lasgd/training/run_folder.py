@@ -56,7 +56,11 @@ class StalenessSteps(_Record):
 
 
 class RankRecord(_Record):
-    """What one rank did. `waited_s` lies within the run's `wall_s`."""
+    """What one rank did. `waited_s` lies within the run's `wall_s`.
+
+    The run's `samples` are those that the ranks had agreed on when they agreed on the end; the ranks' own counts add up
+    to a little more, by the local steps that finished while that last round was on its way.
+    """
 
     rank: int
     local_steps: int
@@ -103,6 +107,8 @@ class RunRecord(_Record):
     health: list[HealthEvent] = []
     skipped_images: list[str] = []
     """Images that could not be decoded, each named once."""
+    notes: list[str] = []
+    """What else went wrong and was mended or left out, such as a checkpoint on a full disk, with the rank."""
     resumed_from_samples: int | None = None
     """Samples at which this run took over from a checkpoint."""
 
@@ -130,6 +136,27 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def has_checkpoint(out: Path, world_size: int) -> bool:
+    """Whether the folder holds a cut of which every rank has its part, so that the run can be resumed."""
+    return any(
+        all((cut / f"rank-{rank}.pt").exists() for rank in range(world_size))
+        for cut in (out / "checkpoints").glob("[0-9]*")
+    )
+
+
+def holds_nothing_to_lose(out: Path) -> bool:
+    """Whether the folder is empty, or all there is comes from a run that ended before it had anything to keep."""
+    traces = {"settings.json", "logs"}
+    found = {entry.name for entry in out.iterdir() if not entry.name.endswith(".tmp")}
+    if "run.json" in found:
+        try:
+            run = read_run(out)
+        except LasgdError:
+            return False
+        return found <= traces | {"run.json"} and run.status != "finished"
+    return found <= traces
+
+
 def write_json_atomically(path: Path, obj: Any) -> None:
     """Writes `obj` as JSON, all or nothing; NaN and infinities become null. Raises LasgdError, naming the file."""
     text = json.dumps(_jsonable(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -140,6 +167,28 @@ def write_json_atomically(path: Path, obj: Any) -> None:
 def write_run(out: Path, record: RunRecord) -> None:
     """Writes run.json into the run folder `out`. Raises LasgdError."""
     write_json_atomically(out / "run.json", record.model_dump(mode="json"))
+
+
+def write_unfinished(
+    out: Path,
+    settings: dict[str, Any],
+    world_size: int,
+    link_emulation: LinkEmulation,
+    status: Literal["failed", "interrupted"],
+    error: str,
+) -> None:
+    """Writes the run.json of a run that did not come to its results. Raises LasgdError."""
+    record = RunRecord(
+        status=status,
+        algorithm=settings["algorithm"],
+        condition=settings["condition"],
+        settings=settings,
+        environment=environment(),
+        world_size=world_size,
+        link_emulation=link_emulation,
+        error=error,
+    )
+    write_run(out, record)
 
 
 def read_run(out: Path) -> RunRecord:

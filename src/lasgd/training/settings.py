@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Positive = Annotated[float, Field(gt=0)]
 
+BUILT_IN_MODELS = ("cnn4", "resnet20", "resnet56")
+"""What `--model` takes beside import paths; models.py makes them. Here, so that their names cost no import of torch."""
+
 
 class Settings(BaseModel):
     """Everything that decides a run. Paths are kept as given; `--out` and `--config` belong to the command."""

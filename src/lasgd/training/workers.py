@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -17,8 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lasgd.errors import DataError, LasgdError
-
-_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>: a signal for this process when the thread that made it ends
+from lasgd.lab.rank_process import die_with_parent
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -33,9 +33,10 @@ class Source(Protocol[Result_co]):
 class InOrder(Generic[Result]):
     """An iterator over `source[key]` for each of `keys`, in their order, whatever the number of workers.
 
-    `workers` processes run ahead by `ahead` results each; 0 computes in the calling process. The workers ignore SIGINT:
-    whether Ctrl-C ends anything is for the main process to decide. They end with `close()`, with a `with` block, with
-    the last key, and on Linux at once when the thread that made them ends or is killed (elsewhere within seconds).
+    `workers` processes run ahead by `ahead` results each; 0 computes in the calling process. Whether a Ctrl-C or a
+    launcher's SIGTERM ends anything is for the main process to decide: the workers ignore SIGINT, and sit in a process
+    group of their own, which torchrun's signals do not reach. They end with `close()`, with a `with` block, with the
+    last key, and on Linux at once when the main process is killed (elsewhere within seconds).
 
     Raises the LasgdError that a source returned, and DataError where a worker died.
     """
@@ -48,7 +49,7 @@ class InOrder(Generic[Result]):
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
             collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, _main_process()),
             multiprocessing_context=_context() if workers else None,
             generator=torch.Generator().manual_seed(0),  # the loader shall not draw from the training's generator
         )
@@ -103,11 +104,19 @@ def _context() -> str | None:
     return "fork" if sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods() else None
 
 
-def _start_worker(worker: int) -> None:
+def _main_process() -> int | None:
+    """Whose end is to end the workers at once; None in another thread, because the kernel means threads."""
+    return os.getpid() if threading.current_thread() is threading.main_thread() else None
+
+
+def _start_worker(main_process: int | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and main_process is not None:
         # A forked worker holds copies of all sockets: as long as it lived on, the other ranks would not see ours close.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(main_process)
+        # torchrun signals a rank's whole group. A rank that is to end cleanly needs its batches until then.
+        with suppress(OSError):
+            os.setpgid(0, 0)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata of a readable image is not worth a line per epoch
 

@@ -23,8 +23,12 @@ class BackgroundWriter:
 
     def submit(self, job: Callable[[], None]) -> bool:
         """Takes the job over; False, and nothing happens, if the disk is too slow for the jobs before it."""
+        return self.wait_submit(job, 0.0)
+
+    def wait_submit(self, job: Callable[[], None], timeout_s: float) -> bool:
+        """`submit`, but with patience for the jobs before it."""
         try:
-            self._jobs.put_nowait(job)
+            self._jobs.put(job, block=timeout_s > 0, timeout=timeout_s or None)
         except queue.Full:
             return False
         return True

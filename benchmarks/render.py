@@ -1,0 +1,99 @@
+"""Writes the tables of docs/results.md, between their markers, from the stored JSON of the benchmarks.
+
+python benchmarks/render.py            writes them
+python benchmarks/render.py --check    exit code 1 if the page is not what it would write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import FOLDER, RESULTS, format_value
+
+PAGE = FOLDER.parent / "docs" / "results.md"
+_BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+
+Result = Mapping[str, Any]
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, Result]:
+    """Every stored result, by the name of its benchmark."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def render(page: str, results: Mapping[str, Result]) -> str:
+    """The page with every marked block written anew; what is outside of the markers stays."""
+    return _BLOCK.sub(lambda block: block[1] + _block(block[2], results.get(block[2])) + block[3], page)
+
+
+def _block(name: str, result: Result | None) -> str:
+    if name == "gpu_check" and (result is None or result["card"]["settings"].get("device") != "cuda"):
+        return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
+    if result is None:
+        return f"Not measured yet: there is no `benchmarks/results/{name}.json`.\n"
+    return "\n".join([*_verdict(result), "", *_table(result["bars"]), "", *_notes(result), _card(result["card"]), ""])
+
+
+def _verdict(result: Result) -> list[str]:
+    missed = sum(bar["holds"] is False for bar in result["bars"])
+    said = f"**{missed} of {len(result['bars'])} bars missed.**" if missed else "All bars hold."
+    if result["card"]["settings"].get("quick"):
+        said += " This was a `--quick` run: its figures stand for nothing."
+    return [said]
+
+
+def _table(bars: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| what | measured | bar | |", "|---|---|---|---|"]
+    for bar in bars:
+        measured = format_value(bar["value"]) + bar["unit"]
+        if bar["among"] is not None and bar["among"][0] != bar["among"][1]:
+            measured += f" ({format_value(bar['among'][0])} to {format_value(bar['among'][1])})"
+        verdict = {True: "holds", False: "**missed**", None: "not measured"}[bar["holds"]]
+        lines.append(f"| {bar['what']} | {measured} | {bar['bar']} | {verdict} |")
+    return lines
+
+
+def _notes(result: Result) -> list[str]:
+    return [line for note in result["notes"] for line in (note, "")]
+
+
+def _card(card: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {_plain(value)}" for key, value in card["settings"].items() if key != "quick")
+    seeds = ", ".join(map(str, card["seeds"]))
+    device = f", {card['device']}" if card.get("device") else ""
+    return (
+        f"`{card['command']}`, {card['date']}. {settings}; seeds {seeds}. lasgd {card['lasgd']} "
+        f"(commit {card['commit'] or 'unknown'}), torch {card['torch']}, Python {card['python']}; "
+        f"{card['cpu_count']} cores, {card['cpu']}{device}."
+    )
+
+
+def _plain(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks the page; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    arguments = parser.parse_args(argv)
+    before = PAGE.read_text(encoding="utf-8")
+    after = render(before, read_results())
+    if arguments.check:
+        if before != after:
+            print("docs/results.md is not what benchmarks/results/*.json say; run python benchmarks/render.py")
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

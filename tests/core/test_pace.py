@@ -1,0 +1,278 @@
+"""What ranks conclude from the header: pure functions of the same tables."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lasgd.algorithms.requests import Failure, Mean
+from lasgd.pace import IDLE_S, MAX_FRAGMENTS, Column, Delay, End, Pace, Sickness
+from lasgd.tally import Staleness, Tally
+
+
+def tally(samples=0, step_s=0.0, **flags) -> Tally:
+    return Tally(1, local_steps=samples, samples=samples, step_s=step_s, **flags)
+
+
+def agree(paces: list[Pace], tallies: list[Tally], weights=None, sick=(), round_s=0.0, parts=1) -> None:
+    """One round: the headers' sum reaches every rank."""
+    weights = weights or [1.0] * len(paces)
+    headers = [
+        pace.header(rank, tallies[rank], weights[rank], rank in sick, round_s, parts).clone()
+        for rank, pace in enumerate(paces)
+    ]
+    total = torch.stack(headers).sum(0)
+    for pace in paces:
+        pace.agree(Mean(None, total.clone()))
+
+
+def paces(n: int, samples: int = 100, **options) -> list[Pace]:
+    return [Pace(n, samples, **options) for _ in range(n)]
+
+
+def test_the_next_round_is_due_after_the_median_ranks_step_not_after_the_stragglers():
+    ranks = paces(4, steps_per_round=2.0)
+    agree(ranks, [tally(step_s=s) for s in (0.1, 0.1, 0.2, 9.0)])
+    assert {p.due_s for p in ranks} == {0.2}
+
+
+def test_of_two_ranks_the_faster_one_is_the_median():
+    ranks = paces(2)
+    agree(ranks, [tally(step_s=0.4), tally(step_s=0.1)])
+    assert ranks[0].due_s == 0.1
+
+
+def test_ranks_that_do_not_know_their_step_time_yet_do_not_count():
+    ranks = paces(3)
+    agree(ranks, [tally(), tally(), tally()])
+    assert ranks[0].due_s == IDLE_S
+    agree(ranks, [tally(step_s=3.0), tally(), tally()])
+    assert ranks[0].due_s == 3.0
+
+
+@given(st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=20), st.integers(0, 4))
+def test_all_ranks_see_every_mark_and_the_end_in_the_same_round(rounds, marks):
+    ranks = paces(3, samples=100, evaluations=marks, checkpoints=marks)
+    tallies = [tally(), tally(), tally()]
+    for steps in rounds:
+        for one, more in zip(tallies, steps, strict=True):
+            one.samples += more
+        agree(ranks, tallies)
+        assert len({(p.end, p.checkpoint, p.evaluation, p.samples, p.round, p.progress) for p in ranks}) == 1
+        total = sum(t.samples for t in tallies)
+        assert (ranks[0].end is End.SAMPLES) == (total >= 100)
+        assert ranks[0].progress == min(1.0, total / 100)
+
+
+def test_marks_divide_the_budget_and_the_last_is_the_end_itself():
+    (pace,) = paces(1, samples=100, evaluations=4, checkpoints=2)
+    seen = []
+    for samples in (0, 24, 25, 49, 50, 75, 99, 100):
+        agree([pace], [tally(samples)])
+        seen.append((pace.evaluation, pace.checkpoint))
+    assert seen == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 1), (3, 1), (3, 1), (3, 1)]
+
+
+def test_without_marks_none_is_ever_reached():
+    (pace,) = paces(1, samples=10)
+    agree([pace], [tally(10)])
+    assert (pace.evaluation, pace.checkpoint, pace.end) == (0, 0, End.SAMPLES)
+
+
+def test_a_checkpoint_is_durable_when_the_last_rank_has_it():
+    ranks = paces(2)
+    agree(ranks, [tally(saved_checkpoint=3), tally(saved_checkpoint=2)])
+    assert ranks[0].durable_checkpoint == 2
+
+
+def test_one_rank_that_asks_to_stop_ends_all_with_one_more_checkpoint():
+    ranks = paces(2, samples=100, checkpoints=10)
+    agree(ranks, [tally(25), tally(10, wants_stop=True)])
+    assert [p.end for p in ranks] == [End.STOP] * 2
+    assert [p.checkpoint for p in ranks] == [4] * 2
+
+
+def test_the_run_goes_on_while_one_rank_has_not_left():
+    ranks = paces(2)
+    agree(ranks, [tally(1, has_left=True), tally(1)])
+    assert ranks[0].end is None
+    agree(ranks, [tally(1, has_left=True), tally(2, has_left=True)])
+    assert [p.end for p in ranks] == [End.LEFT] * 2
+
+
+def test_the_end_once_agreed_stays():
+    (pace,) = paces(1, samples=5)
+    agree([pace], [tally(5)])
+    agree([pace], [tally(5, wants_stop=True, has_left=True)])
+    assert (pace.end, pace.checkpoint) == (End.SAMPLES, 0)
+
+
+def test_no_weight_at_all_is_divergence():
+    ranks = paces(2)
+    agree(ranks, [tally(), tally()], weights=[0.0, 0.0], sick=(0, 1))
+    assert ranks[1].end is End.DIVERGED
+    assert ranks[1].sicknesses == [Sickness(0, 1), Sickness(1, 1)]
+
+
+def test_sample_counts_above_two_to_the_24_are_exact():
+    ranks = paces(3, samples=2**53)
+    counts = [2**24 + 1, 2**40 + 3, 2**52 - 2**41 + 7]
+    agree(ranks, [tally(c) for c in counts])
+    assert ranks[0].samples == sum(counts)
+    assert ranks[0].local_steps == tuple(counts)
+    assert ranks[0].end is None
+
+
+def test_a_failed_round_changes_nothing():
+    (pace,) = paces(1)
+    agree([pace], [tally(3, step_s=1.0)])
+    before = {k: v for k, v in vars(pace).items() if k != "_header"}
+    pace.agree(Failure(RuntimeError()))
+    assert {k: v for k, v in vars(pace).items() if k != "_header"} == before
+
+
+def test_resume_goes_on_from_the_agreement_of_the_checkpoint():
+    (pace,) = paces(1, samples=100, checkpoints=10)
+    pace.resume(round_=7, samples=40, checkpoint=4, evaluation=2)
+    assert (pace.round, pace.progress, pace.checkpoint, pace.durable_checkpoint) == (7, 0.4, 4, 4)
+    agree([pace], [tally(41, saved_checkpoint=4)])
+    assert (pace.round, pace.checkpoint, pace.evaluation) == (8, 4, 2)
+
+
+def test_the_header_is_zero_but_for_the_own_row():
+    pace = Pace(3, 10)
+    header = pace.header(1, tally(5), 1.0, False, 0.0, 2)
+    assert header[[0, 2]].abs().sum() == 0
+    assert header[1, Column.SAMPLES] == 5
+    assert header.dtype == torch.float64
+
+
+def test_step_time_is_the_median_of_the_latest_nine():
+    one = Tally(4)
+    one.start_clock(100.0)
+    now = 100.0
+    for seconds in [50.0] + [1.0] * 4 + [2.0] * 5 + [2.0]:
+        now += seconds
+        one.count_step(now)
+    assert (one.step_s, one.local_steps, one.samples) == (2.0, 11, 44)
+
+
+def test_staleness_before_the_first_merge_is_zero():
+    staleness = Staleness()
+    assert (staleness.mean_steps, staleness.max_steps) == (0.0, 0)
+    staleness.add(1)
+    staleness.add(4)
+    assert (staleness.mean_steps, staleness.max_steps) == (2.5, 4)
+
+
+# fragments="auto"
+
+
+class Wire:
+    """Rounds over a network where one of F fragments takes latency + bandwidth/F local steps, as ranks run it: what is
+    asked for takes effect when a cycle is complete, and a round tells how long the one before it took."""
+
+    def __init__(self, latency=0.0, bandwidth=0.0, noise=0.0, most_parts=1000, seed=0):
+        self.latency, self.bandwidth, self.noise, self.most_parts = latency, bandwidth, noise, most_parts
+        self.pace = Pace(1, 10**9, fragments="auto")
+        self.parts, self.turn, self.latest = 1, -1, (0.0, 0)
+        self.random = random.Random(seed)
+        self.asked: list[int] = []
+
+    def run(self, rounds: int) -> int:
+        for _ in range(rounds):
+            self.turn = (self.turn + 1) % self.parts
+            if self.turn == 0:
+                self.parts = min(self.pace.fragments, self.most_parts)
+            agree([self.pace], [tally(step_s=0.5)], round_s=self.latest[0], parts=self.latest[1])
+            steps = (self.latency + self.bandwidth / self.parts) * self.random.lognormvariate(0, self.noise)
+            self.latest = (0.5 * steps, self.parts)
+            self.asked.append(self.pace.fragments)
+        return self.pace.fragments
+
+    def changes(self) -> int:
+        return sum(a != b for a, b in zip(self.asked, self.asked[1:], strict=False))
+
+
+@pytest.mark.parametrize("delay, fragments", [(0.2, 1), (1.0, 1), (2.5, 3), (4.2, 5), (9.7, 10), (17, 17), (35, 20)])
+def test_on_pure_bandwidth_the_fragments_are_the_delay_in_steps_rounded_up(delay, fragments):
+    wire = Wire(bandwidth=delay)
+    assert wire.run(60) == fragments
+    assert wire.changes() <= 1
+
+
+@pytest.mark.parametrize("latency", [0.5, 1.6, 3.3, 8.5])
+def test_pure_latency_does_not_run_away(latency):
+    wire = Wire(latency=latency)
+    assert wire.run(200) <= latency + 1
+    assert wire.changes() <= 1
+
+
+@pytest.mark.parametrize("latency, bandwidth", [(1, 9), (3, 3), (0.2, 6)])
+def test_of_both_the_whole_vectors_delay_counts(latency, bandwidth):
+    wire = Wire(latency, bandwidth)
+    assert wire.run(200) == pytest.approx(latency + bandwidth, abs=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("latency, bandwidth", [(0, 10), (0.5, 4), (4, 0)])
+def test_noise_does_not_make_it_flap(latency, bandwidth, seed):
+    wire = Wire(latency, bandwidth, noise=0.2, seed=seed)
+    wire.run(600)
+    assert wire.changes() <= 4
+    late = wire.asked[100:]
+    assert max(late) <= 1.5 * (latency + bandwidth) + 1
+    assert min(late) >= 0.6 * (latency + bandwidth) - 1
+
+
+def test_one_slow_round_changes_nothing():
+    wire = Wire(bandwidth=5.0)
+    wire.run(50)
+    wire.bandwidth = 500.0
+    wire.run(1)
+    wire.bandwidth = 5.0
+    wire.run(50)
+    assert set(wire.asked[10:]) == {5}
+
+
+@pytest.mark.parametrize("before, after, fragments", [(4, 16, 16), (16, 4, 4), (5, 7, 7), (12, 0.5, 1), (0.5, 12, 12)])
+def test_a_link_that_changes_its_speed_mid_run_is_followed(before, after, fragments):
+    wire = Wire(bandwidth=before)
+    wire.run(100)
+    wire.bandwidth = after
+    assert abs(wire.run(300) - fragments) <= 1
+    assert wire.changes() <= 6
+
+
+def test_rows_too_long_for_the_fragments_asked_for_end_in_a_stable_number():
+    wire = Wire(bandwidth=10.0, most_parts=3)
+    wire.run(200)
+    assert wire.asked[-1] <= MAX_FRAGMENTS
+    assert wire.changes() <= 2
+
+
+def test_it_is_the_same_on_all_ranks():
+    ranks = paces(3, fragments="auto")
+    for round_ in range(30):
+        agree(ranks, [tally(step_s=s) for s in (0.1, 0.2, 0.7)], round_s=1.0 + 0.1 * (round_ % 3), parts=1)
+        assert len({p.fragments for p in ranks}) == 1
+    assert ranks[0].fragments > 1
+
+
+def test_a_given_number_of_fragments_is_never_changed():
+    ranks = paces(1, fragments=3)
+    for _ in range(20):
+        agree(ranks, [tally(step_s=0.1)], round_s=5.0, parts=3)
+    assert ranks[0].fragments == 3
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(1e-6, 1e6)), max_size=60))
+def test_whatever_is_measured_the_number_stays_within_its_bounds(samples):
+    delay, asked = Delay(), 1
+    for parts, steps in samples:
+        asked = delay.fragments(asked, parts, steps)
+        assert 1 <= asked <= MAX_FRAGMENTS

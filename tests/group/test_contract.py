@@ -1,0 +1,105 @@
+"""The contract, over the scripted network and over torch.distributed's Gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from group_contract import GroupContract
+from helpers import wait_all
+
+from lasgd.errors import ConfigurationError, PeerError
+from lasgd.group import c10d
+from lasgd.group.c10d import C10dGroup
+from lasgd.group.scripted import Network
+
+
+class TestScripted(GroupContract):
+    def make(self, world_size):
+        network = Network(world_size, deliver_at_once=True)
+        return [lambda rank=rank: network.group(rank) for rank in range(world_size)]
+
+
+class TestC10d(GroupContract):
+    def make(self, world_size):
+        store = dist.HashStore()
+        return [
+            lambda rank=rank: C10dGroup(dist.PrefixStore("run", store), rank, world_size, 20.0)
+            for rank in range(world_size)
+        ]
+
+
+def test_a_rank_that_never_joins_is_named():
+    store = dist.HashStore()
+    joins = [lambda rank=rank: C10dGroup(dist.PrefixStore("run", store), rank, 3, 0.3) for rank in (0, 2)]
+    for error in wait_all(joins):
+        assert isinstance(error, PeerError)
+        assert "nothing from rank 1 after 0.3 s" in str(error)
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"RANK": "two"}, "RANK should be a whole number, got 'two'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_an_environment_that_cannot_work_is_a_configuration_error(monkeypatch, environment, words):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=words):
+        c10d.connect(1.0)
+
+
+def test_without_an_environment_a_rank_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    group = c10d.connect(5.0)
+    assert (group.rank, group.world_size) == (0, 1)
+    group.leave()
+
+
+def test_nothing_arrives_over_the_scripted_network_until_the_test_says_so():
+    network = Network(2)
+    groups = [network.group(rank) for rank in range(2)]
+    vectors = [torch.tensor([1.0]), torch.tensor([2.0])]
+
+    def rank(r):
+        return lambda: groups[r].wait_all_reduce(torch.zeros(1), vectors[r], 10.0)
+
+    def script():
+        network.wait_joined()
+        before = [v.item() for v in vectors]
+        network.deliver()
+        network.wait_joined()
+        network.fail(PeerError("planned"))
+        return before
+
+    def twice(r):
+        def run():
+            rank(r)()
+            with pytest.raises(PeerError, match="planned"):
+                rank(r)()
+
+        return run
+
+    results = wait_all([twice(0), twice(1), script])
+    assert results == [None, None, [1.0, 2.0]]
+    assert [v.item() for v in vectors] == [3.0, 3.0]
+    assert network.collectives == 2
+
+
+def test_collectives_in_different_orders_are_an_error_not_a_wrong_sum():
+    network = Network(2, deliver_at_once=True)
+    first, second = network.group(0), network.group(1)
+    results = wait_all(
+        [
+            lambda: first.wait_exchange("a", b"", 0.5),
+            lambda: second.wait_exchange("b", b"", 0.5),
+        ]
+    )
+    assert all(isinstance(result, PeerError) for result in results)
+    assert any("out of order" in str(result) for result in results)

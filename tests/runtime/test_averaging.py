@@ -1,0 +1,521 @@
+"""The real Averaging and Communicator over the scripted network: forced interleavings, ends, errors, state."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from helpers import LIMIT_S, alone, raise_any, small_model, train_step, wait_all
+from scripted_driver import Point, vector
+
+import lasgd
+from lasgd.errors import ConfigurationError, DivergenceError, PeerError, ProtocolError
+from lasgd.group.scripted import Network
+from lasgd.pace import End
+from lasgd.runtime.phase import Phase
+
+
+def attach(model, group, lr=0.1, **options) -> tuple[lasgd.Averaging, torch.optim.Optimizer]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    options = {"samples": 10**6, "batch_size": 1, "fragments": 1, "timeout_s": LIMIT_S, **options}
+    return lasgd.attach(model, optimizer, group=group, **options), optimizer
+
+
+def attach_points(values, network=None, **options):
+    """Points of unequal values, made so after the broadcast."""
+    network = network or Network(len(values), deliver_at_once=True)
+    models = [Point([0.0]) for _ in values]
+    network.deliver_at_once = True
+    attached = raise_any(
+        wait_all([lambda r=r: attach(models[r], network.group(r), **options) for r in range(len(values))])
+    )
+    for model, value in zip(models, values, strict=True):
+        with torch.no_grad():
+            model.x.fill_(value)
+    return network, models, attached
+
+
+def step(model, optimizer, gradient=0.0) -> None:
+    model.x.grad = torch.full_like(model.x, gradient)
+    optimizer.step()
+
+
+def wait_until(is_true, timeout_s: float = LIMIT_S) -> None:
+    """Yields to the communicator until it has got there; a limit, not a schedule."""
+    deadline_s, pause = time.monotonic() + timeout_s, threading.Event()
+    while not is_true():
+        assert time.monotonic() < deadline_s, "never came true"
+        pause.wait(0.001)
+
+
+class Stepwise:
+    """Two ranks over a network that the test delivers by hand."""
+
+    def __init__(self, values=(0.0, 4.0), lr=1.0, **options):
+        self.network, self.models, attached = attach_points(values, lr=lr, **options)
+        self.network.deliver_at_once = False
+        self.averagings = [a for a, _ in attached]
+        self.optimizers = [o for _, o in attached]
+        for averaging in self.averagings:
+            averaging.start()
+
+    def begin(self):
+        """Lets the rounds begin before the first step, so that its snapshots are of what the test has put there."""
+        for averaging in self.averagings:
+            averaging._communicator.begin()
+        self.network.wait_joined()
+
+    def step_until_it_raises(self, rank):
+        """What has gone wrong in the background is met at this boundary or the next."""
+        for _ in range(2):
+            self.step(rank)
+            wait_until(self.averagings[rank]._communicator.ended.is_set)
+
+    def step(self, rank, gradient=0.0):
+        step(self.models[rank], self.optimizers[rank], gradient)
+
+    def deliver(self):
+        rounds = [a.pace.round for a in self.averagings]
+        self.network.deliver()
+        wait_until(lambda: all(a.pace.round > r for a, r in zip(self.averagings, rounds, strict=True)))
+
+    def x(self):
+        return [m.x.item() for m in self.models]
+
+    def close(self):
+        for averaging in self.averagings:
+            averaging.close("test over")
+
+
+@pytest.fixture
+def two():
+    made = []
+
+    def make(*args, **options):
+        made.append(Stepwise(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+# Interleavings
+
+
+def test_a_late_mean_keeps_the_local_steps_taken_meanwhile(two):
+    ranks = two()
+    ranks.begin()  # both snapshots taken: 0 and 4
+    for _ in range(3):
+        ranks.step(0, gradient=-1.0)
+    ranks.deliver()
+    ranks.network.wait_joined()  # the corrections are in the residuals
+    assert ranks.x() == [3.0, 4.0]
+    ranks.step(0)
+    ranks.step(1)
+    assert ranks.x() == [2.0 + 3.0, 2.0]
+    assert ranks.averagings[0].tally.staleness.max_steps == 4
+
+
+def test_a_rank_in_the_middle_of_a_long_step_joins_round_after_round(two):
+    ranks = two(steps_per_round=1e-9)
+    ranks.begin()
+    for _ in range(5):  # rank 1's training thread does nothing at all
+        ranks.deliver()
+        ranks.step(0)
+    assert [a.tally.local_steps for a in ranks.averagings] == [5, 0]
+    assert ranks.averagings[0].pace.round == 5
+
+
+def test_the_boundary_does_not_wait_while_the_communicator_holds_the_residual(two):
+    # 1. a correction is there;  2. the communicator's lock is taken;  3. a step ends, with the correction still unseen;
+    # 4. the lock is free, and the next step shows it.
+    ranks = two()
+    ranks.begin()
+    ranks.deliver()
+    ranks.network.wait_joined()
+    replica = ranks.averagings[0].replica
+    with replica._lock:
+        ranks.step(0)
+        assert ranks.models[0].x.item() == 0.0
+    assert replica.deferred_merges == 1
+    ranks.step(0)
+    assert ranks.models[0].x.item() == 2.0
+
+
+def test_rounds_begin_with_the_first_gradient_not_with_the_start(two):
+    ranks = two()
+    assert not ranks.network._joined
+    ranks.step(0)
+    ranks.step(1)
+    ranks.network.wait_joined()
+
+
+@pytest.mark.parametrize("round_", [1, 3])
+def test_every_planned_fault_fires_on_every_rank_and_its_error_names_rank_and_round(two, round_):
+    ranks = two(steps_per_round=1e-9)
+    ranks.begin()
+    for _ in range(round_ - 1):
+        ranks.deliver()
+    ranks.network.wait_joined()
+    ranks.network.fail(PeerError("planned: silent: 1"))
+    for rank, averaging in enumerate(ranks.averagings):
+        wait_until(averaging._communicator.ended.is_set)
+        with pytest.raises(PeerError, match=rf"rank {rank} of 2: round {round_}: planned: silent: 1"):
+            ranks.step(rank)
+        assert averaging._phase.now is Phase.FAILED
+
+
+def test_an_exception_inside_the_communicator_is_met_at_the_next_boundary_and_the_lock_is_free(two):
+    ranks = two()
+    replica, held = ranks.averagings[0].replica, []
+
+    def broken():
+        held.append(replica._lock.locked())
+        raise ZeroDivisionError("inside")
+
+    replica.fences.before_reading = broken
+    with pytest.raises(ProtocolError, match="communicator stopped: ZeroDivisionError: inside") as caught:
+        ranks.step_until_it_raises(0)
+    assert held == [True] and not replica._lock.locked()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_parameter_unfrozen_later_is_a_clear_error():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train():
+        with alone(model, optimizer):
+            train_step(model, optimizer, 0)
+            model[0].weight.requires_grad_(True)
+            while True:
+                train_step(model, optimizer, 0)
+
+    with pytest.raises(ConfigurationError, match="frozen when lasgd.attach was called is trainable now"):
+        train()
+
+
+def test_nan_on_the_only_rank_is_divergence_named_by_round():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train():
+        with alone(model, optimizer) as averaging:
+            with torch.no_grad():
+                model[0].weight.fill_(float("nan"))
+            while not averaging.finished:
+                train_step(model, optimizer, 0)
+
+    with pytest.raises(DivergenceError, match=r"rank 0 of 1: round \d+: every rank holds NaN"):
+        train()
+
+
+# The end
+
+
+def train_to_the_end(r, models, attached, early=False, gradient=1.0):
+    averaging, optimizer = attached[r]
+    with averaging:
+        for count in range(10**9):
+            if averaging.finished or (early and count == 3):
+                break
+            step(models[r], optimizer, gradient * (r + 1))
+    return averaging
+
+
+def test_all_replicas_are_equal_bit_for_bit_at_the_agreed_end():
+    _, models, attached = attach_points([0.0, 1.0, 5.0], samples=300, lr=0.001)
+    ended = raise_any(wait_all([lambda r=r: train_to_the_end(r, models, attached) for r in range(3)]))
+    assert len({m.x.item() for m in models}) == 1
+    assert {a.pace.end for a in ended} == {End.SAMPLES}
+    assert len({a.pace.round for a in ended}) == 1
+    assert {a._phase.now for a in ended} == {Phase.CLOSED}
+
+
+def test_a_rank_whose_loader_ends_early_goes_on_answering():
+    _, models, attached = attach_points([0.0, 8.0], samples=400, lr=1e-4)
+    ended = raise_any(wait_all([lambda r=r: train_to_the_end(r, models, attached, early=r == 0) for r in range(2)]))
+    assert ended[0].tally.local_steps == 3
+    assert ended[0].pace.samples >= 400
+    assert models[0].x.item() == models[1].x.item()
+    assert ended[0].tally.waited_s > 0
+
+
+def test_when_all_loaders_end_early_that_is_the_end():
+    _, models, attached = attach_points([0.0, 8.0], samples=10**6, lr=0.0)
+    ended = raise_any(wait_all([lambda r=r: train_to_the_end(r, models, attached, early=True) for r in range(2)]))
+    assert {a.pace.end for a in ended} == {End.LEFT}
+    assert models[0].x.item() == models[1].x.item() == 4.0
+
+
+def test_the_end_agreed_while_a_rank_is_inside_a_long_step_discards_that_step(two):
+    ranks = two(samples=2, steps_per_round=1e-9)
+    ranks.begin()  # this round's headers know of no samples yet
+    ranks.step(0)
+    ranks.step(1)
+    ranks.deliver()
+    ranks.network.wait_joined()
+    ranks.network.deliver_at_once = True
+    ranks.network.deliver()  # the round that finds the budget reached; the last exact average follows by itself
+    wait_until(lambda: all(a._communicator.ended.is_set() for a in ranks.averagings))
+    ranks.step(1, gradient=100.0)  # finishes after the end
+    for averaging in ranks.averagings:
+        averaging.wait_end()
+        averaging.wait_end()  # twice is harmless
+    assert ranks.x() == [2.0, 2.0]
+    assert all(a.tally.waited_s < 1.0 for a in ranks.averagings)
+
+
+def test_stop_ends_all_in_the_same_round_without_a_last_average():
+    _, models, attached = attach_points([0.0, 8.0], lr=1.0)
+
+    def rank(r):
+        averaging, optimizer = attached[r]
+        with averaging:
+            while not averaging.finished:
+                step(models[r], optimizer)
+                if r == 1 and averaging.tally.local_steps == 5:
+                    averaging.stop()
+            return averaging.pace.end, averaging.pace.round, averaging.checkpoint_due
+
+    first, second = raise_any(wait_all([lambda: rank(0), lambda: rank(1)]))
+    assert first == second
+    assert first[0] is End.STOP and first[2] == 1
+
+
+def test_waiting_for_the_end_counts_as_waiting_only_until_it_is_agreed(two):
+    ranks = two(samples=10**6)
+    ranks.begin()
+    begin_s = time.monotonic()
+    ranks.network.deliver_at_once = True
+    raise_any(wait_all([averaging.wait_end for averaging in ranks.averagings] + [ranks.network.deliver]))
+    for averaging in ranks.averagings:
+        assert 0 < averaging.tally.waited_s <= averaging.end_agreed_s - begin_s
+
+
+# Closing
+
+
+def test_closing_twice_and_before_the_start_is_harmless():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0))
+    averaging.close()
+    averaging.close("again")
+    train_step(model, optimizer, 0)  # the hooks are gone
+    assert averaging.tally.local_steps == 0
+    with pytest.raises(ConfigurationError, match="closed"), averaging:
+        pass
+
+
+def test_closing_within_the_with_block_leaves_it_quietly_and_tells_the_others():
+    network, models, attached = attach_points([0.0, 8.0])
+
+    def leaves():
+        averaging, optimizer = attached[0]
+        with averaging:
+            step(models[0], optimizer)
+            averaging.close()
+        averaging.close()
+
+    results = wait_all([leaves, lambda: train_to_the_end(1, models, attached)])
+    assert results[0] is None
+    assert isinstance(results[1], PeerError)
+    assert "Rank 0 left: its averaging was closed before the agreed end" in str(results[1])
+
+
+def test_closing_after_a_failure_and_while_a_collective_is_on_its_way_ends_the_thread(two):
+    ranks = two()
+    ranks.step(0)  # rank 0 stands in the first round, rank 1 has not come
+    wait_until(lambda: 0 in ranks.network._joined)
+    begin_s = time.monotonic()
+    ranks.averagings[0].close()
+    assert time.monotonic() - begin_s < 1.5
+    assert not ranks.averagings[0]._communicator.is_alive()
+    with pytest.raises(PeerError, match="Rank 0 left"):
+        ranks.step_until_it_raises(1)
+    ranks.averagings[1].close()
+    ranks.averagings[1].close()
+
+
+def test_an_exception_in_the_loop_reaches_the_others_with_its_words():
+    _, models, attached = attach_points([0.0, 8.0, 1.0])
+
+    def raises():
+        averaging, optimizer = attached[1]
+        with averaging:
+            step(models[1], optimizer)
+            raise ValueError("a truncated image")
+
+    results = wait_all(
+        [lambda: train_to_the_end(0, models, attached), raises, lambda: train_to_the_end(2, models, attached)]
+    )
+    assert isinstance(results[1], ValueError)
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerError)
+        assert "Rank 1 left: ValueError: a truncated image" in str(results[rank])
+
+
+def test_a_step_before_the_start_is_refused():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0))
+    with pytest.raises(ConfigurationError, match="put the loop into `with averaging:`"):
+        train_step(model, optimizer, 0)
+    with pytest.raises(ConfigurationError, match="wait_end comes between start and close"):
+        averaging.wait_end()
+    averaging.close()
+
+
+def test_entering_after_an_explicit_start_does_not_start_twice():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0), samples=3)
+    averaging.start()
+    with averaging:
+        while not averaging.finished:
+            train_step(model, optimizer, 0)
+    with pytest.raises(ProtocolError, match="'start' cannot happen when closed"):
+        averaging.start()
+
+
+# Means
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_mean_weights_during_the_run_are_the_mean_and_after_it_the_replica(keep, fragments):
+    network = Network(2, deliver_at_once=True)
+    models = [Point([0.0] * 6) for _ in range(2)]
+    attached = raise_any(
+        wait_all(
+            [
+                lambda r=r: attach(
+                    models[r], network.group(r), lr=0.0, keep_mean=keep, fragments=fragments, steps_per_round=1e-9
+                )
+                for r in range(2)
+            ]
+        )
+    )
+    with torch.no_grad():
+        models[1].x.fill_(6.0)
+    seen = [None, None]
+    both_have_seen = threading.Barrier(2)
+
+    def rank(r):
+        averaging, optimizer = attached[r]
+        with averaging:
+            step(models[r], optimizer)
+            seen[r] = averaging.mean_weights()["x"].tolist()
+            both_have_seen.wait(LIMIT_S)
+            averaging.tally.has_left = True
+            while not averaging.finished:
+                step(models[r], optimizer)
+        after = averaging.mean_weights()["x"]
+        assert after.data_ptr() != models[r].x.data_ptr()
+        return after.tolist()
+
+    assert raise_any(wait_all([lambda: rank(0), lambda: rank(1)])) == [[3.0] * 6] * 2
+    assert seen == [[3.0] * 6] * 2
+
+
+def test_mean_weights_that_nobody_kept_are_a_clear_error_after_an_early_end():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0))
+    with averaging:
+        train_step(model, optimizer, 0)
+        averaging.stop()
+    with pytest.raises(ConfigurationError, match="keep_mean=True"):
+        averaging.mean_weights()
+
+
+def test_evaluations_get_whole_means_at_equal_parts_of_the_budget():
+    model = Point([1.0] * 5)
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0), samples=400, evaluations=4, lr=0.0)
+    delivered = []
+    averaging.on_evaluation(delivered.append)
+    with averaging:
+        while not averaging.finished:
+            step(model, optimizer)
+    assert 1 <= len(delivered) <= 3  # the last part's end is the run's; a quick run may pass two marks in one round
+    assert all(kept.vector.tolist() == [1.0] * 5 for kept in delivered)
+    assert [k.samples for k in delivered] == sorted({k.samples for k in delivered})
+
+
+# State
+
+
+def test_a_resumed_run_goes_on_with_the_same_residual_and_counts(two):
+    ranks = two((0.0, 4.0), checkpoints=10, samples=10**4)
+    ranks.begin()
+    for rank in range(2):
+        ranks.step(rank)
+    ranks.deliver()  # of snapshots from before that step; the next round's header knows it
+    ranks.network.wait_joined()
+    states = [a.state_dict() for a in ranks.averagings]
+    values = ranks.x()
+    assert [s["residual"].tolist() for s in states] == [[2.0], [-2.0]]
+    ranks.close()
+    _, models, attached = attach_points(values, lr=0.0, checkpoints=10, samples=10**4, steps_per_round=1e-9)
+    for (averaging, _), state in zip(attached, states, strict=True):
+        averaging.load_state_dict(state)
+        assert averaging.tally.local_steps == averaging.tally.samples == 1
+        assert (averaging.pace.round, averaging.pace.samples) == (1, 0)
+        again = averaging.state_dict()
+        assert torch.equal(again.pop("residual"), state["residual"])
+        assert again == {k: v for k, v in state.items() if k != "residual"}
+
+    ended = raise_any(wait_all([lambda r=r: train_to_the_end(r, models, attached, early=True) for r in range(2)]))
+    assert [m.x.item() for m in models] == [2.0, 2.0]
+    assert ended[0].tally.local_steps == 4
+
+
+def test_state_of_another_run_is_refused_with_what_differs():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0))
+    state = averaging.state_dict()
+    for key, value in (("world_size", 3), ("rank", 1), ("layout", "0"), ("version", 99)):
+        with pytest.raises(ConfigurationError, match=f"its {key} is {value!r}"):
+            averaging.load_state_dict({**state, key: value})
+    with averaging:
+        averaging.load_state_dict(state)  # after the start, before the first step
+        train_step(model, optimizer, 0)
+        with pytest.raises(ConfigurationError, match="before the first local step"):
+            averaging.load_state_dict(state)
+        averaging.stop()
+
+
+def test_replicas_are_compared_by_digest_as_often_as_asked():
+    _, models, attached = attach_points([1.0, 1.0])
+    for equal in (True, False, True):
+        with torch.no_grad():
+            models[1].x.fill_(1.0 if equal else 2.0)
+        answers = raise_any(wait_all([lambda a=a: a.wait_identical(LIMIT_S) for a, _ in attached]))
+        assert answers == [equal, equal]
+    for averaging, _ in attached:
+        averaging.close()
+
+
+def test_recorders_hear_of_every_round_and_step():
+    model = small_model()
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0), samples=20)
+    records = []
+    averaging.on_record(lambda kind, begin_s, end_s: records.append((kind, end_s >= begin_s)))
+    with averaging:
+        while not averaging.finished:
+            train_step(model, optimizer, 0)
+    kinds = [kind for kind, _ in records]
+    assert kinds.count("compute") == averaging.tally.local_steps
+    assert kinds.count("round") == averaging.pace.round + 1  # and the last exact average
+    assert all(ordered for _, ordered in records)
+
+
+def test_independent_ranks_never_exchange_a_vector():
+    network, models, attached = attach_points([0.0, 4.0], algorithm="independent", samples=10, lr=0.0)
+    collectives = network.collectives
+    ended = raise_any(wait_all([lambda r=r: train_to_the_end(r, models, attached) for r in range(2)]))
+    assert network.collectives == collectives
+    assert [m.x.item() for m in models] == [0.0, 4.0]
+    assert [a.tally.local_steps for a in ended] == [5, 5]
+    assert vector(models[0]).item() == 0.0
