@@ -1,7 +1,7 @@
 """What every Group must do. Subclass with a `make` and pytest collects the claims for it:
 
-    class TestMine(GroupContract):
-        def make(self, world_size): return [function that joins and returns rank r's group, for each rank]
+class TestMine(GroupContract):
+    def make(self, world_size): return [function that joins and returns rank r's group, for each rank]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import LIMIT_S, raise_any, wait_all
 
+from helpers import LIMIT_S, raise_any, wait_all
 from lasgd.errors import PeerError
 from lasgd.group.base import Group
 

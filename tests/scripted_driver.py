@@ -1,9 +1,9 @@
 """Drives the algorithms' own generators in one thread: the test decides what happens next on which rank.
 
-    ranks = Ranks([model_0, model_1], samples=100)
-    ranks.step(0, gradient)          one local step of rank 0: Gradient, Update, step boundary
-    ranks.begin_round()              every rank takes its snapshot
-    ranks.deliver() / ranks.fail(e)  the round ends on every rank, one way or the other
+ranks = Ranks([model_0, model_1], samples=100)
+ranks.step(0, gradient)          one local step of rank 0: Gradient, Update, step boundary
+ranks.begin_round()              every rank takes its snapshot
+ranks.deliver() / ranks.fail(e)  the round ends on every rank, one way or the other
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 
 from lasgd.training.run_folder import RunRecord, read_run
 
-LIMIT_S = 60.0
+LIMIT_S = 90.0
 MARK = "LASGD_TEST_MARK"
 """An environment variable by which everything that a test started is found again."""
 
@@ -196,7 +196,8 @@ def _rank_main(arguments: list[str], own: dict[str, str], cwd: str, log: str, be
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.path[:] = path
     import torch
 

@@ -17,6 +17,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lasgd.errors import ConfigurationError
 
@@ -184,7 +185,7 @@ def _averaged_tensors(model: nn.Module):
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            if is_lazy(parameter):
                 raise ConfigurationError(f"parameter {where + key!r} is lazy; run one forward pass before attach")
             if not parameter.requires_grad:
                 frozen.append(parameter)
@@ -203,7 +204,7 @@ def _averaged_tensors(model: nn.Module):
             if buffer is None or id(buffer) in seen or key in owner._non_persistent_buffers_set:
                 continue
             seen.add(id(buffer))
-            if isinstance(buffer, nn.parameter.UninitializedTensorMixin):
+            if is_lazy(buffer):
                 raise ConfigurationError(f"buffer {where + key!r} is lazy; run one forward pass before attach")
             if buffer.is_floating_point() and buffer.numel():
                 buffers.append((where + key, owner, key, buffer))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scripted_driver import Point, Ranks, towards, vector
 from torch import nn
 
 from lasgd.pace import End, Sickness
+from scripted_driver import Point, Ranks, towards, vector
 
 
 def three(fragments: int = 1, **options) -> Ranks:

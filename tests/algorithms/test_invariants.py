@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import alone, small_model, train_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_driver import Point, Ranks, towards, vector
 
+from helpers import alone, small_model, train_step
 from lasgd.errors import PeerError
+from scripted_driver import Point, Ranks, towards, vector
 
 
 def unequal(n: int, d: int = 7, seed: int = 0, dtype=torch.float32) -> list[Point]:

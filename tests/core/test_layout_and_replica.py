@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_driver import Point, Ranks, towards, vector
 from torch import nn
 
 from lasgd.algorithms.requests import Mean
@@ -14,6 +15,7 @@ from lasgd.errors import ConfigurationError
 from lasgd.layout import Layout
 from lasgd.replica import Holding, Replica
 from lasgd.tally import Tally
+from scripted_driver import Point, Ranks, towards, vector
 
 
 def averaged(models: list[nn.Module], fragments: int = 1) -> Ranks:
@@ -131,7 +133,7 @@ def test_every_cut_covers_every_element_once_along_rows(shapes, fragments):
     assert 1 <= len(cut) <= fragments
     assert [f.index for f in cut] == list(range(len(cut)))
     assert cut[0].begin == 0 and cut[-1].end == layout.size
-    assert all(a.end == b.begin for a, b in zip(cut, cut[1:], strict=False))
+    assert all(a.end == b.begin for a, b in itertools.pairwise(cut))
     for fragment in cut:
         at = fragment.begin
         for piece in fragment.pieces:

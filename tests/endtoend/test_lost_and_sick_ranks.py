@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
 import time
 
 import pytest
-from training_runs import Command, Ranks, finished, running, wait_cut
 
 from lasgd.training.run_folder import has_checkpoint, read_run
+from training_runs import Command, Ranks, finished, running, wait_cut
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 SLOW = (
     "--model",
@@ -39,7 +40,7 @@ def test_a_rank_that_is_killed_ends_the_run_at_once_and_the_run_can_go_on(tmp_pa
         os.kill(command.rank(1), signal.SIGKILL)
         killed_s = time.monotonic()
         assert command.wait() == 1
-        assert time.monotonic() - killed_s < 15
+        assert time.monotonic() - killed_s < 20
         command.wait_gone()
     assert "Traceback" not in command.out + command.err
     first, *others = command.err.splitlines()
@@ -75,7 +76,7 @@ def test_under_torchrun_a_signal_ends_the_run_cleanly_and_it_can_go_on(tmp_path)
 def test_a_rank_that_never_starts_is_named_after_the_time_out(tmp_path):
     with running(Ranks(*QUICK, "--out", "run", "--start-timeout-s", "2", cwd=tmp_path, started=[0])) as ranks:
         assert ranks.wait() == [1]
-        assert "nothing from rank 1 after 2 s" in ranks.said(0)
+        assert re.search(r"nothing from rank 1 after 2(\.\d+)? s", ranks.said(0))
         assert "Traceback" not in ranks.said(0)
     # What the failed start has left does not stand in the way of the next one.
     with running(Ranks(*QUICK, "--out", "run", cwd=tmp_path)) as ranks:
@@ -119,7 +120,7 @@ def uneven(num_classes):
 
 
 class Sick(Net):
-    """From its 20th training batch on, for one batch, its weights are NaN on the ranks in SICK."""
+    """On the ranks in SICK its weights turn NaN with the 20th training batch, and with every later one in INCURABLE."""
 
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -127,7 +128,8 @@ class Sick(Net):
 
     def forward(self, images):
         self.batches += self.training
-        if self.training and self.batches == 20 and os.environ["RANK"] in os.environ["SICK"]:
+        falls_ill = self.batches == 20 or ("INCURABLE" in os.environ and self.batches > 20)
+        if self.training and falls_ill and os.environ["RANK"] in os.environ["SICK"]:
             with torch.no_grad():
                 self[1].weight.fill_(torch.nan)
         return super().forward(images)
@@ -166,7 +168,7 @@ def test_nan_on_one_rank_is_reported_and_the_run_finishes(models):
 
 
 def test_nan_on_all_ranks_ends_the_run_with_the_round_and_no_traceback(models):
-    with running(Ranks(*SICK, cwd=models, SICK="0,1")) as ranks:
+    with running(Ranks(*SICK, cwd=models, SICK="0,1", INCURABLE="yes")) as ranks:
         assert ranks.wait() == [1, 1]
     for rank in range(2):
         assert "every rank holds NaN or Inf" in ranks.said(rank)

@@ -8,6 +8,8 @@ import signal
 
 import pytest
 import torch
+
+from lasgd.training.run_folder import read_metrics, read_run
 from training_runs import (
     Command,
     Ranks,
@@ -19,9 +21,7 @@ from training_runs import (
     wait_cut,
 )
 
-from lasgd.training.run_folder import read_metrics, read_run
-
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 BATCH = 32
 # Steps of 20 ms, so that a test has the time to kill; checkpoints every 500 samples, some 8 steps of two ranks.
@@ -157,12 +157,44 @@ def test_ranks_die_with_the_command_and_the_run_goes_on_where_it_was(tmp_path):
     assert [rank.samples for rank in record.ranks] == [BATCH * rank.local_steps for rank in record.ranks]
 
 
+def fill_the_disk_after_the_second_checkpoint(rank: int) -> None:
+    """In a rank: on rank 1 files larger than a megabyte no longer fit."""
+    import resource
+
+    from lasgd.training.checkpoint import Checkpoints
+
+    write = Checkpoints.write
+
+    def until_full(self: Checkpoints, number: int, state) -> None:
+        if rank == 1 and len(self.numbers()) >= 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        write(self, number, state)
+
+    Checkpoints.write = until_full  # type: ignore[method-assign]
+
+
+def test_a_full_disk_costs_the_newer_checkpoints_and_neither_the_older_ones_nor_the_run(tmp_path):
+    out, hook = tmp_path / "run", f"{__name__}:{fill_the_disk_after_the_second_checkpoint.__name__}"
+    with running(Ranks(*SLOW, "--out", "run", cwd=tmp_path, before=hook)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    record = finished(out)
+    assert record.notes
+    assert all(note.startswith("rank 1: run/checkpoints/") for note in record.notes)
+    assert "could not be written: File too large" in record.notes[0]
+    assert "rank 1: run/checkpoints/" in ranks.said(1)  # at once, in its own log
+    assert "could not be written: File too large" in ranks.said(0)  # and in the summary
+    kept = complete_cuts(out, 2)
+    assert kept
+    assert all(part(out, kept[-1], rank)["number"] == kept[-1] for rank in range(2))
+    assert not list(out.rglob("*.tmp"))
+
+
 def test_another_world_size_model_or_setting_is_refused_and_nothing_is_lost(tmp_path):
     out = tmp_path / "run"
     with running(Ranks(*SLOW, "--out", "run", cwd=tmp_path)) as ranks:
         wait_cut(out, 2)
         ranks.kill()
-    before = sorted(path.relative_to(out) for path in out.rglob("*"))
+    before = set(out.rglob("*"))
     for options, world_size, expected in (
         (("--resume", "run"), 3, "the run in run has 2 ranks, this would have 3. Resume it with 2."),
         (("--resume", "run", "--model", "resnet20"), 2, "--model: resnet20 differs from the resumed run's cnn4."),
@@ -179,4 +211,4 @@ def test_another_world_size_model_or_setting_is_refused_and_nothing_is_lost(tmp_
         assert ranks.wait() == [2, 2]
         assert "is of a run with momentum=0.9, this one has momentum=0.5" in ranks.said(0)
     (out / "settings.json").write_text(settings)
-    assert sorted(path.relative_to(out) for path in out.rglob("*")) >= before
+    assert set(out.rglob("*")) >= before

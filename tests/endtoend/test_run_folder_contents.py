@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 
 import pytest
 import safetensors.torch
 import torch
-from training_runs import Command, finished, running
 
 from lasgd.training.data import open_data
 from lasgd.training.evaluation import evaluate
 from lasgd.training.models import build_model
-from lasgd.training.run_folder import read_metrics
+from lasgd.training.run_folder import read_metrics, read_run
+from training_runs import Command, Ranks, finished, running, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 KEYS = {
     "status",
@@ -98,3 +99,41 @@ def test_a_small_run_leaves_a_complete_folder_and_a_model_that_does_what_it_says
     assert lines[-1] == "results: run"
     assert "\x1b" not in command.out
     assert command.err == ""
+
+
+SLOW_JUDGE = """
+import time
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, images):
+        if not self.training:
+            time.sleep(0.3)
+        return super().forward(images)
+"""
+
+
+def test_ctrl_c_during_the_evaluations_loses_neither_the_model_nor_the_record_of_the_run(tmp_path):
+    (tmp_path / "slow_judge.py").write_text(SLOW_JUDGE)
+    options = ("--model", "slow_judge:Net", "--samples", "6000", "--workers", "0", "--condition", "step=5ms")
+    with running(Ranks(*options, "--out", "run", cwd=tmp_path)) as ranks:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 1, "the first evaluation")
+        ranks.signal(0, signal.SIGINT)
+        assert ranks.wait() == [130, 0], ranks.said(0)
+        assert "Traceback" not in ranks.said(0)
+    record = read_run(tmp_path / "run")
+    assert record.status == "interrupted"
+    assert record.samples >= 6000
+    assert len(record.ranks) == 2
+    assert record.replicas_identical is True
+    lines = read_metrics(metrics)
+    assert record.final is not None
+    assert lines[-1]["samples"] == record.samples
+    assert lines[-1]["top1"] == record.final.top1
+    assert 1 < len(lines) < 10
+    assert (tmp_path / "run" / "model.safetensors").exists()

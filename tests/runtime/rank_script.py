@@ -20,7 +20,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 with lasgd.attach(
     model,
     optimizer,
-    samples=2_000 if behaviour == "train" else 10**9,
+    samples=6_000 if behaviour == "train" else 10**9,
     batch_size=4,
     fragments=3,
     timeout_s=3.0,
@@ -40,4 +40,5 @@ with lasgd.attach(
                 os.kill(os.getpid(), signal.SIGKILL)
         if behaviour == f"stop {rank}":
             os.kill(os.getpid(), signal.SIGSTOP)
-print("digest", averaging.replica.layout.content_digest(), "rounds", averaging.pace.round, flush=True)
+line = f"digest {averaging.replica.layout.content_digest()} rounds {averaging.pace.round}\n"
+os.write(1, line.encode())  # at once, so that lines of several ranks do not mix

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import alone, raise_any, small_model, wait_all
-from scripted_driver import vector
 from torch import nn
 
 import lasgd
+from helpers import alone, raise_any, small_model, wait_all
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.scripted import Network
+from scripted_driver import vector
 
 
 def attach_all(models, **options):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
 import pytest
 import torch
-from helpers import LIMIT_S, alone, raise_any, small_model, train_step, wait_all
-from scripted_driver import Point, vector
 
 import lasgd
+from helpers import LIMIT_S, alone, raise_any, small_model, train_step, wait_all
 from lasgd.errors import ConfigurationError, DivergenceError, PeerError, ProtocolError
 from lasgd.group.scripted import Network
 from lasgd.pace import End
 from lasgd.runtime.phase import Phase
+from scripted_driver import Point, vector
 
 
 def attach(model, group, lr=0.1, **options) -> tuple[lasgd.Averaging, torch.optim.Optimizer]:
@@ -195,7 +196,7 @@ def test_a_parameter_unfrozen_later_is_a_clear_error():
             while True:
                 train_step(model, optimizer, 0)
 
-    with pytest.raises(ConfigurationError, match="frozen when lasgd.attach was called is trainable now"):
+    with pytest.raises(ConfigurationError, match=r"frozen when lasgd\.attach was called is trainable now"):
         train()
 
 
@@ -297,6 +298,47 @@ def test_waiting_for_the_end_counts_as_waiting_only_until_it_is_agreed(two):
         assert 0 < averaging.tally.waited_s <= averaging.end_agreed_s - begin_s
 
 
+@pytest.fixture
+def hasty_switches():
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("fragments", [1, 3, "auto"])
+def test_on_any_schedule_of_real_threads_no_step_is_lost_or_counted_twice(fragments, hasty_switches):
+    # Each rank adds known whole numbers, and leaves early: the end must be the mean of everything, nothing missing.
+    n, steps, size = 3, 150, 999
+    network = Network(n, deliver_at_once=True)
+    models = [Point(torch.zeros(size), torch.float64) for _ in range(n)]
+    attached = raise_any(
+        wait_all(
+            [
+                lambda r=r: attach(models[r], network.group(r), lr=1.0, fragments=fragments, steps_per_round=1e-9)
+                for r in range(n)
+            ]
+        )
+    )
+
+    def rank(r):
+        averaging, optimizer = attached[r]
+        with averaging:
+            for _ in range(steps):
+                step(models[r], optimizer, -float(r + 1))
+        return averaging
+
+    ended = raise_any(wait_all([lambda r=r: rank(r) for r in range(n)]))
+    assert all(a.pace.end is End.LEFT for a in ended)
+    assert sum(a.tally.staleness.merges for a in ended) > 0
+    assert all(torch.equal(m.x, models[0].x) for m in models)
+    expected = steps * (1 + 2 + 3) / 3
+    # each of at most `rounds` means and corrections rounds values below 512 to half an ulp, on three ranks
+    tolerance = 3 * 3 * ended[0].pace.round * 512 * 2**-53
+    assert (models[0].x - expected).abs().max() <= tolerance
+
+
 # Closing
 
 
@@ -312,7 +354,7 @@ def test_closing_twice_and_before_the_start_is_harmless():
 
 
 def test_closing_within_the_with_block_leaves_it_quietly_and_tells_the_others():
-    network, models, attached = attach_points([0.0, 8.0])
+    _, models, attached = attach_points([0.0, 8.0])
 
     def leaves():
         averaging, optimizer = attached[0]
@@ -432,13 +474,17 @@ def test_mean_weights_that_nobody_kept_are_a_clear_error_after_an_early_end():
 
 def test_evaluations_get_whole_means_at_equal_parts_of_the_budget():
     model = Point([1.0] * 5)
-    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0), samples=400, evaluations=4, lr=0.0)
+    averaging, optimizer = attach(
+        model, Network(1, deliver_at_once=True).group(0), samples=40, evaluations=4, lr=0.0, steps_per_round=1e-9
+    )
     delivered = []
     averaging.on_evaluation(delivered.append)
     with averaging:
         while not averaging.finished:
             step(model, optimizer)
-    assert 1 <= len(delivered) <= 3  # the last part's end is the run's; a quick run may pass two marks in one round
+            rounds = averaging.pace.round  # the second round from here has this step's sample in its header
+            wait_until(lambda rounds=rounds: averaging.finished or averaging.pace.round >= rounds + 2)
+    assert [10 * (k.samples // 10) for k in delivered] == [10, 20, 30]  # the end of the last part is the run's
     assert all(kept.vector.tolist() == [1.0] * 5 for kept in delivered)
     assert [k.samples for k in delivered] == sorted({k.samples for k in delivered})
 

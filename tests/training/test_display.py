@@ -181,6 +181,16 @@ def test_warnings_name_sick_ranks_skipped_images_and_differing_replicas():
     assert warnings(run(algorithm="independent", replicas_identical=False)) == []
 
 
+def test_what_was_left_out_is_told_and_a_long_list_counted():
+    text = summary(notes=[f"rank 1: checkpoint {i} could not be written" for i in range(7)])
+    assert "rank 1: checkpoint 0 could not be written" in text
+    assert "and 3 more, in run.json" in text
+
+
+def test_a_run_without_results_shows_none():
+    assert "top-1" not in summary(status="interrupted", final=None)
+
+
 def test_samples_of_an_earlier_run_do_not_count_as_speed():
     assert "samples/s           300" in summary(resumed_from_samples=100_000)
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from lasgd.errors import ConfigurationError
 from lasgd.training.models import BUILT_IN, build_model, check_model
+from lasgd.training.settings import BUILT_IN_MODELS
 
 
 def parameters(model: nn.Module) -> int:
@@ -30,6 +31,10 @@ def test_built_in_models_have_the_published_number_of_parameters(name, count, no
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)])
+def test_the_command_line_knows_the_built_in_models_by_name():
+    assert tuple(sorted(BUILT_IN)) == BUILT_IN_MODELS
+
+
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_the_norm_is_the_one_asked_for_everywhere(name, norm, kind):
     modules = list(build_model(name, num_classes=10, channels=3, norm=norm).modules())

@@ -15,14 +15,25 @@ from torch import Tensor
 class Group(Protocol):
     """The members that average together, seen from one of them."""
 
-    rank: int
-    """This member's rank, a constant of the run."""
-    members: tuple[int, ...]
-    """The ranks that are in, ascending. Static groups: all ranks, always."""
-    epoch: int
-    """Counts changes of membership; static groups stay at 0."""
-    bytes_sent: int
-    """Payload bytes this member has put on the wire in all-reduces, by the ring's count: 2 (n-1)/n of each vector."""
+    @property
+    def rank(self) -> int:
+        """This member's rank, a constant of the run."""
+        ...
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that are in, ascending. Static groups: all ranks, always."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Counts changes of membership; static groups stay at 0."""
+        ...
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes this member has put on the wire in all-reduces, by the ring's count: 2 (n-1)/n of each."""
+        ...
 
     @property
     def world_size(self) -> int:

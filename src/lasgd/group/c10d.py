@@ -7,27 +7,25 @@ addresses left in the store by the dead would be taken for the living.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.cost import ring_bytes_sent
-
-T = TypeVar("T")
+from lasgd.group.notices import Notices, ranks_in_words
 
 ABORT_S = 1.0
 """Longest wait for connections to close."""
 
-STORE_IS_SILENT = "The host of the store does not answer: rank 0's process, or the launcher on its machine; silent: 0."
+LOOK_S = 0.5
+"""While something takes long, how often to look whether another rank has noticed trouble."""
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
 
@@ -39,19 +37,20 @@ def connect(start_timeout_s: float) -> C10dGroup:
     """
     global _connections
     _connections += 1
-    rank, world_size, store = _rendezvous(start_timeout_s)
+    rank, world_size, store, hosts_store = _rendezvous(start_timeout_s)
     generation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return C10dGroup(dist.PrefixStore(f"lasgd/{generation}/{_connections}", store), rank, world_size, start_timeout_s)
+    own_part = dist.PrefixStore(f"lasgd/{generation}/{_connections}", store)
+    return C10dGroup(own_part, rank, world_size, start_timeout_s, hosts_store)
 
 
-def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store]:
+def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store, bool]:
     if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
+        return dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store(), dist.get_rank() == 0
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= rank < world_size:
         raise ConfigurationError(f"RANK={rank} is not below WORLD_SIZE={world_size}; each rank needs its own number")
     if world_size == 1:
-        return rank, world_size, dist.HashStore()
+        return rank, world_size, dist.HashStore(), False
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", -1)
     if not host or port < 0:
         raise ConfigurationError(
@@ -73,7 +72,7 @@ def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store]:
             f"rank {rank} of {world_size}: no answer from rank 0's store at {host}:{port} within {timeout_s:g} s. "
             "Is rank 0 running, and is the port reachable from here?"
         ) from error
-    return rank, world_size, store
+    return rank, world_size, store, is_host
 
 
 def _number(name: str, default: int) -> int:
@@ -91,31 +90,45 @@ class C10dGroup:
 
     epoch = 0
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, start_timeout_s: float):
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, start_timeout_s: float, hosts_store: bool = False
+    ):
+        """`hosts_store`: the store lives in this rank's process, and goes with it."""
         self.rank = rank
         self.world_size = world_size
         self.members = tuple(range(world_size))
         self.bytes_sent = 0
         self._store = store
-        self.wait_exchange("joined", b"", start_timeout_s)
+        self._notices = Notices(store, rank, world_size, hosts_store)
+        self._has_left = False
+        self._gloo: dist.ProcessGroupGloo | None = None
         try:
+            self.wait_exchange("joined", b"", start_timeout_s)
             self._gloo = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=start_timeout_s))
+        except PeerError as error:
+            self.leave(str(error))
+            raise
         except RuntimeError as error:
-            raise PeerError(
+            failure = PeerError(
                 f"rank {rank} of {world_size}: no Gloo connection to the other ranks: {_first_line(error)}. "
                 "Ranks on several hosts must reach each other; GLOO_SOCKET_IFNAME names the interface to use"
-            ) from error
+            )
+            self.leave(str(failure))
+            raise failure from error
 
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """See Group."""
         options = dist.AllreduceOptions()
         options.timeout = timedelta(seconds=timeout_s)
 
-        def both() -> tuple[float, float]:
-            pending = self._gloo.allreduce([header], options), self._gloo.allreduce([vector], options)
-            pending[0].wait()
+        def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
+            reduce = gloo.allreduce  # pyright: ignore[reportAttributeAccessIssue]  torch's stubs lack it
+            pending = reduce([header], options), reduce([vector], options)
+            del reduce
+            del gloo  # see _abort: the last reference must not die here
+            self._wait_done(pending[0])
             joined_s = time.monotonic()
-            pending[1].wait()
+            self._wait_done(pending[1])
             return joined_s, time.monotonic()
 
         times = self._guarded(both, f"all-reduce of {_megabytes(vector)}", timeout_s)
@@ -127,31 +140,46 @@ class C10dGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = source, 0, timedelta(seconds=timeout_s)
         self._guarded(
-            lambda: self._gloo.broadcast([tensor], options).wait(), f"broadcast of {_megabytes(tensor)}", timeout_s
+            lambda gloo: self._wait_done(gloo.broadcast([tensor], options)),
+            f"broadcast of {_megabytes(tensor)}",
+            timeout_s,
         )
 
     def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
         """See Group."""
         keys = [f"{topic}/{rank}" for rank in self.members]
+        begin_s = time.monotonic()
+        pause_s = 0.002
         try:
-            self._store.set(keys[self.rank], value or b"-")
-            self._store.wait(keys, timedelta(seconds=timeout_s))
+            self._store.set(keys[self.rank], value or b"-")  # pyright: ignore[reportArgumentType]  bytes are taken
+            while not self._notices.holds(*keys):
+                # Asked for again and again, because torch's own wait prints a warning where it ends in a time-out.
+                if time.monotonic() > begin_s + timeout_s or self._notices.is_there_trouble():
+                    raise self._missing(topic, keys, time.monotonic() - begin_s)
+                time.sleep(pause_s)
+                pause_s = min(LOOK_S / 2, 1.5 * pause_s)
             return [b"" if found == b"-" else found for found in map(self._store.get, keys)]
         except (dist.DistError, RuntimeError) as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._holds(key)]
-            who = f"nothing from {_ranks(missing)}" if missing else _first_line(error)
-            raise PeerError(
-                f"rank {self.rank} of {self.world_size}: {topic}: {who} after {timeout_s:g} s.{self._reasons()} "
-                "Start all ranks, with the same WORLD_SIZE and MASTER_ADDR, within the time-out"
-            ) from error
+            raise self._missing(topic, keys, time.monotonic() - begin_s) from error
+
+    def _missing(self, topic: str, keys: list[str], after_s: float) -> PeerError:
+        missing = [rank for rank, key in enumerate(keys) if not self._notices.holds(key)]
+        if self.rank in missing:
+            who = "the store is gone with its host, rank 0 or its launcher, whose own message says more,"
+        else:
+            who = f"nothing from {ranks_in_words(missing)}"
+        return PeerError(
+            f"rank {self.rank} of {self.world_size}: {topic}: {who} after {after_s:.3g} s.{self._notices.reasons()} "
+            "Start all ranks, with the same WORLD_SIZE and MASTER_ADDR, within the time-out"
+        )
 
     def leave(self, reason: str | None = None) -> None:
-        """See Group."""
-        if self._gloo is None:
+        """See Group. A rank that hosts the store stays up to two seconds for the others' last questions."""
+        if self._has_left:
             return
-        if reason:
-            self._asked(lambda: self._try_set(f"reason/{self.rank}", reason), None)
+        self._has_left = True
         self._abort()
+        self._notices.leave(reason)
 
     def _abort(self) -> None:
         gloo, self._gloo = self._gloo, None
@@ -170,64 +198,32 @@ class C10dGroup:
             raise PeerError(f"{what}: this rank has left the group")
         begin_s = time.monotonic()
         try:
-            return collective()
+            return collective(self._gloo)
         except RuntimeError as error:
             after_s = time.monotonic() - begin_s
-            if self._gloo is None:  # the training thread has left meanwhile: this rank's own doing
+            if self._has_left:  # the training thread has left meanwhile: this rank's own doing
                 raise PeerError(f"{what}: this rank has left the group") from error
             self._abort()  # poisoned: its pairs are out of step
             raise PeerError(
-                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). "
-                f"{self._asked(self._who_is_silent, STORE_IS_SILENT)} "
+                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). {self._notices.account()} "
                 f"Raise timeout_s (now {timeout_s:g}) if the link is slow; see docs/footguns.md#silent-rank"
             ) from error
 
-    def _asked(self, question: Callable[[], T], otherwise: T, patience_s: float = 4.0) -> T:
-        """What the store says; `otherwise` where its host does not answer. A stopped process keeps connections open,
-        and torch's client waits for its answer without limit, hence the thread."""
-        answers: list[T] = []
-        thread = threading.Thread(target=lambda: answers.append(question()), name="lasgd-ask-store", daemon=True)
-        thread.start()
-        thread.join(patience_s)
-        return answers[0] if answers else otherwise
-
-    def _who_is_silent(self, patience_s: float = 2.0) -> str:
-        """Asks, through the store, who else has noticed."""
-        self._try_set(f"noticed/{self.rank}", "1")
-        deadline_s = time.monotonic() + patience_s
-        silent = list(self.members)
-        while silent and not self._reasons() and time.monotonic() < deadline_s:
-            silent = [rank for rank in silent if not self._holds(f"noticed/{rank}")]
-            time.sleep(0.05)
-        if reasons := self._reasons():
-            return reasons.strip()
-        heard = [rank for rank in self.members if rank not in silent]
-        return f"Last heard from {_ranks(heard)}; silent: {_ranks(silent)}."
-
-    def _reasons(self) -> str:
-        reasons = [(r, self._store.get(f"reason/{r}").decode()) for r in self.members if self._holds(f"reason/{r}")]
-        return "".join(f" Rank {rank} left: {reason}." for rank, reason in reasons)
-
-    def _holds(self, key: str) -> bool:
-        try:
-            return self._store.check([key])
-        except (dist.DistError, RuntimeError):
-            return False  # the store itself is gone, and with it whatever it held
-
-    def _try_set(self, key: str, value: str) -> None:
-        # If the store's host is gone, nobody is left to read the message.
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            self._store.set(key, value)
+    def _wait_done(self, work: dist.Work) -> None:
+        """Waits for a collective, which has a time-out of its own. Raises RuntimeError, also on others' trouble."""
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                if self._has_left or self._notices.is_there_trouble():
+                    raise RuntimeError("another rank is in trouble") from None
 
 
 def _close(gloo: dist.ProcessGroupGloo) -> None:
     gloo.abort()
-
-
-def _ranks(ranks: list[int]) -> str:
-    if not ranks:
-        return "nobody"
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def _megabytes(tensor: Tensor) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from lasgd.group.base import Group
 from lasgd.group.cost import broadcast_s, ring_all_reduce_s
 
 
-class PaddedGroup(Group):
+class PaddedGroup:
     """Wraps any group: all-reduces and broadcasts go through it and then sleep until their emulated time is over.
 
     - `round_s`: an all-reduce of `vector_bytes` takes at least this long, of a part its share. The header travels free.
@@ -52,11 +51,25 @@ class PaddedGroup(Group):
         self._clock = clock
         self._sleep = sleep
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached for what this object does not have itself: rank, members, epoch, bytes_sent, an implementation's own.
-        if name == "_group":
-            raise AttributeError(name)
-        return getattr(self._group, name)
+    @property
+    def rank(self) -> int:
+        """This member's rank."""
+        return self._group.rank
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that are in."""
+        return self._group.members
+
+    @property
+    def epoch(self) -> int:
+        """Counts changes of membership."""
+        return self._group.epoch
+
+    @property
+    def bytes_sent(self) -> int:
+        """As the wrapped group counts them."""
+        return self._group.bytes_sent
 
     @property
     def world_size(self) -> int:

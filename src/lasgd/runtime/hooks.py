@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class OptimizerHooks:
         self._found_inf: list[Tensor | None] = []
         self._handles = []
         # Where `optimizer.step` is compiled its hooks would be too, clocks and locks within them.
-        pre, post = torch.compiler.disable(self._on_pre), torch.compiler.disable(self._on_post)
+        pre: Any = torch.compiler.disable(self._on_pre)
+        post: Any = torch.compiler.disable(self._on_post)
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(pre))
             self._handles.append(optimizer.register_step_post_hook(post))

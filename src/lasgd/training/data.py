@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,8 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
             return table[:, :-1], table[:, -1].astype(int)
     from sklearn.datasets import load_digits
 
-    return load_digits(return_X_y=True)
+    digits: Any = load_digits()
+    return digits.data, digits.target
 
 
 def _open_folder(folder: Path, name: str, image_size: int | None) -> ImageData:

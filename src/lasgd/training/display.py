@@ -179,11 +179,14 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column()
-    rows: list[tuple[str, str]] = [
-        ("status", run["status"]),
-        ("top-1", _percent(final.get("top1"))),
-        ("top-5", _percent(final.get("top5"))),
-        ("loss", _number(final.get("loss"), ".4f")),
+    rows: list[tuple[str, str]] = [("status", run["status"])]
+    if final:
+        rows += [
+            ("top-1", _percent(final.get("top1"))),
+            ("top-5", _percent(final.get("top5"))),
+            ("loss", _number(final.get("loss"), ".4f")),
+        ]
+    rows += [
         ("samples", f"{run['samples']:,}"),
         ("wall time", f"{duration(wall_s)} ({wall_s:,.1f} s)"),
         (
@@ -206,9 +209,9 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
         console.print()
         console.print(_rank_table(run["ranks"], wall_s))
     for warning in warnings(run):
-        console.print(Text(f"! {warning}", style="yellow"))
+        console.print(Text(f"! {warning}", style="yellow"), soft_wrap=not console.is_terminal)
     if run.get("error"):
-        console.print(Text(f"error: {run['error']}", style="red"))
+        console.print(Text(f"error: {run['error']}", style="red"), soft_wrap=not console.is_terminal)
     if out is not None:
         console.print(Text(f"results: {out}"), soft_wrap=True)
 
@@ -252,6 +255,10 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         images = "image" if len(skipped) == 1 else "images"
         found.append(f"{len(skipped):,} {images} could not be decoded and skipped: {named}")
+    notes = run.get("notes") or ()
+    found += notes[:_NOTES_SHOWN]
+    if len(notes) > _NOTES_SHOWN:
+        found.append(f"and {len(notes) - _NOTES_SHOWN:,} more, in run.json under `notes`")
     return found
 
 

@@ -6,7 +6,7 @@ During the run, means are only saved (`SavedMeans`); rank 0 evaluates them when 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -32,7 +32,7 @@ class SavedMeans:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / f"{samples:012d}.safetensors") as temporary:
             metadata = {"samples": str(samples), "wall_s": repr(wall_s)}
-            safetensors.torch.save_file({"mean": vector}, temporary, metadata=metadata)
+            temporary.write_bytes(safetensors.torch.save({"mean": vector}, metadata=metadata))
 
     def __len__(self) -> int:
         """How many means are saved."""
@@ -57,10 +57,16 @@ class SavedMeans:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageData, device: torch.device, workers: int) -> tuple[Final, tuple[str, ...]]:
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    device: torch.device,
+    workers: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Final | None, tuple[str, ...]]:
     """Top-1, top-5 and mean cross-entropy over the validation images; and the images that could not be read.
 
-    Leaves the model in the mode it had.
+    None instead of figures where `asked_to_stop` became true on the way. Leaves the model in the mode it had.
     """
     was_training = model.training
     model.eval()
@@ -75,6 +81,8 @@ def evaluate(model: nn.Module, data: ImageData, device: torch.device, workers: i
                 first += int(best[:, 0].sum())
                 five += int(best.sum())
                 loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+                if asked_to_stop():
+                    return None, batches.skipped
             skipped = batches.skipped
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a clean end of all ranks, the second ends this process at once."""
+"""Ctrl-C and its like: the first asks for a clean end of all ranks, the second ends this process at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def asking_to_stop(ask: Callable[[], None], terminate_too: bool) -> Iterator[None]:
-    """Within the block SIGINT, and SIGTERM with `terminate_too`, call `ask`; afterwards all is as before."""
+    """Within the block SIGINT calls `ask`, with `terminate_too` SIGTERM and SIGHUP too; afterwards all is as before.
+
+    A signal that is ignored, such as SIGHUP under nohup, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install handlers; whoever runs ranks in threads handles signals itself
         return
@@ -24,8 +27,10 @@ def asking_to_stop(ask: Callable[[], None], terminate_too: bool) -> Iterator[Non
         was_asked = True
         ask()
 
-    signals = [signal.SIGINT, signal.SIGTERM] if terminate_too else [signal.SIGINT]
-    before = {number: signal.signal(number, handle) for number in signals}
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if terminate_too else [signal.SIGINT]
+    before = {
+        number: signal.signal(number, handle) for number in signals if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

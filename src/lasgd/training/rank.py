@@ -54,8 +54,9 @@ def run_rank(settings: Settings, out: Path, resume: Path | None, link_emulation:
         if display:
             display.status("opening data and model")
         run = _Run(settings, out, resume, link_emulation, begin_s, display)
-        run.train()
-        return run.finish()
+        with asking_to_stop(run.stop, terminate_too=SUPERVISOR not in os.environ):
+            run.train()
+            return run.finish()
 
 
 class _Run:
@@ -70,7 +71,8 @@ class _Run:
         begin_s: float,
         display: Display | None,
     ):
-        self.settings, self.out, self.link_emulation = settings, out, link_emulation
+        self.settings, self.out = settings, out
+        self.link_emulation: LinkEmulation = link_emulation
         self.begin_s, self.display = begin_s, display
         self.condition = conditions.parse(settings.condition)
         self.device = pick_device(settings.device)
@@ -89,12 +91,13 @@ class _Run:
         self.means = SavedMeans(out)
         self.before = Progress()
         if resume is not None:
-            self.before = wait_resumed(resume, settings, self.averaging, self.model, self.optimizer)
+            self.before = wait_resumed(resume, out, settings, self.averaging, self.model, self.optimizer)
             if self.rank == 0:
                 self.means.remove(above_samples=self.averaging.pace.samples)
         self.writer = BackgroundWriter(self.notes.add)
         self.timeline = Timeline(self.rank)
         self.compute_s = 0.0
+        self.asked_to_stop = False
         self.averaging.on_record(self._record)
         if self.rank == 0:
             self.averaging.on_evaluation(self._save_mean)
@@ -105,6 +108,11 @@ class _Run:
             settings.seed,
             local_step=self.averaging.tally.local_steps,
         )
+
+    def stop(self) -> None:
+        """Asks for an early end: of the local steps on all ranks, or of the evaluations after them."""
+        self.asked_to_stop = True
+        self.averaging.stop()
 
     def train(self) -> None:
         """The local steps, up to the agreed end and the last exact average."""
@@ -131,8 +139,7 @@ class _Run:
             self.before.wall_s,
             self.before.position,
         )
-        ask = asking_to_stop(self.averaging.stop, terminate_too=SUPERVISOR not in os.environ)
-        with closing(batches), ask:
+        with closing(batches):
             trainer.fetch()
             # The clock starts when all can: a rank whose workers are still starting is no straggler.
             self.averaging.group.wait_exchange("ready", b"", self.settings.start_timeout_s)
@@ -173,12 +180,14 @@ class _Run:
                 before=self.before,
                 begin_s=self.begin_s,
                 display=self.display,
+                asked_to_stop=lambda: self.asked_to_stop,
             )
             record = results.write(reports, [Timeline.from_bytes(t) for t in timelines], identical, was_interrupted)
             if self.display:
                 self.display.status("")
                 self.display.close()
             print_summary(record.model_dump(mode="json"), out=str(self.out))
+            was_interrupted = record.status == "interrupted"
         return INTERRUPTED if was_interrupted else 0
 
     def _record(self, kind: str, begin_s: float, end_s: float) -> None:

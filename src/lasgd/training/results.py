@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,7 @@ class Results:
     begin_s: float
     """time.monotonic() when the rank started."""
     display: Display | None
+    asked_to_stop: Callable[[], bool]
 
     def write(
         self,
@@ -87,7 +88,8 @@ class Results:
     ) -> RunRecord:
         """Writes everything, and returns what is in run.json. Raises LasgdError, naming the file.
 
-        An interrupted run has no averaged model: nothing is evaluated, and its saved means wait for the resumed run.
+        A run that was interrupted in its local steps has no averaged model: nothing is evaluated, and its saved means
+        wait for the resumed run. One that was interrupted in its evaluations is `interrupted` too, but has its model.
         """
         first_step_s = self.averaging.first_step_s or self.begin_s
         end_s = self.averaging.end_agreed_s or first_step_s
@@ -95,9 +97,17 @@ class Results:
         notes = [f"rank {report.record.rank}: {note}" for report in reports for note in report.notes]
         samples, final = self._samples(reports), None
         if not was_interrupted:
-            self._save_model()
+            try:
+                self._save_model()
+            except LasgdError:
+                if not len(self.means):
+                    raise
+                self.means.remove()  # what the run was for comes first
+                self._save_model()
+                notes.insert(0, "the saved means gave way to model.safetensors on a full disk, and were not evaluated")
             final, unreadable = self._evaluate(samples, end_s - first_step_s)
             skipped.update(dict.fromkeys(unreadable))
+            was_interrupted = self.asked_to_stop()
         try:
             write_chrome_trace(self.out / "timeline.json.gz", timelines)
         except LasgdError as error:  # not worth the run's results
@@ -139,21 +149,30 @@ class Results:
             # Not save_file, which makes a file that nobody else may read, whatever the umask says.
             temporary.write_bytes(safetensors.torch.save(_untied(state), metadata={"format": "pt"}))
 
-    def _evaluate(self, end_samples: int, wall_s: float) -> tuple[Final, tuple[str, ...]]:
-        """The saved means and the final average; all cores are this process's now."""
+    def _evaluate(self, end_samples: int, wall_s: float) -> tuple[Final | None, tuple[str, ...]]:
+        """The final average, then the means saved on the way; all cores are this process's now.
+
+        The final one comes first, so that it is there if the user loses patience with the others.
+        """
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
-        layout = self.averaging.replica.layout
-        judge = make_model(self.settings, self.data).to(self.device)
+        total = len(self.means) + 1
+        self._say(f"1 of {total}")
+        final, unreadable = evaluate(self.model, self.data, self.device, self.settings.workers, self.asked_to_stop)
+        if final is None:
+            return None, unreadable
         metrics = self.out / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
-        total = len(self.means) + 1
-        for number, (samples, at_s, vector) in enumerate(self.means, start=1):
+        layout = self.averaging.replica.layout
+        judge = make_model(self.settings, self.data).to(self.device)
+        for number, (samples, at_s, vector) in enumerate(self.means, start=2):
             self._say(f"{number} of {total}")
             judge.load_state_dict(layout.state_dict(self.model, vector.to(self.device)))
-            result, _ = evaluate(judge, self.data, self.device, self.settings.workers)
+            result, _ = evaluate(judge, self.data, self.device, self.settings.workers, self.asked_to_stop)
+            if result is None:
+                break
             append_metrics(metrics, wall_s=at_s, samples=samples, top1=_number(result.top1), loss=_number(result.loss))
-        self._say(f"{total} of {total}")
-        final, unreadable = evaluate(self.model, self.data, self.device, self.settings.workers)
+        else:
+            self.means.remove()
         append_metrics(
             metrics,
             wall_s=self.before.wall_s + wall_s,
@@ -161,7 +180,6 @@ class Results:
             top1=_number(final.top1),
             loss=_number(final.loss),
         )
-        self.means.remove()
         return final, unreadable
 
     def _say(self, which: str) -> None:

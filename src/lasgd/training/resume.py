@@ -29,6 +29,7 @@ class Progress:
 
 def wait_resumed(
     folder: Path,
+    out: Path,
     settings: Settings,
     averaging: Averaging,
     model: nn.Module,
@@ -36,8 +37,8 @@ def wait_resumed(
 ) -> Progress:
     """Gives model, optimizer, averaging and torch's generator the state of the run in `folder`; on all ranks.
 
-    Each rank goes on from its own part; parts of newer cuts, which other ranks lack, are removed. Raises
-    ConfigurationError where no cut is complete, or the run was another one.
+    Each rank goes on from its own part. If the run goes on in the same folder, `out`, parts of newer cuts, which other
+    ranks lack, are removed. Raises ConfigurationError where no cut is complete, or the run was another one.
     """
     stored, group = Checkpoints(folder, averaging.rank), averaging.group
     texts = group.wait_exchange("checkpoints", json.dumps(stored.numbers()).encode(), settings.start_timeout_s)
@@ -50,8 +51,9 @@ def wait_resumed(
     optimizer.load_state_dict(state["optimizer"])
     averaging.load_state_dict(state["averaging"] | agreed)
     torch.set_rng_state(state["torch_rng"])
-    stored.remove_after(number)
-    stored.remove_unfinished()
+    if out.samefile(folder):
+        stored.remove_after(number)
+        stored.remove_unfinished()
     return Progress(state["position"], state["wall_s"], averaging.pace.samples)
 
 

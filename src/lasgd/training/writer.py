@@ -10,9 +10,9 @@ from lasgd.errors import LasgdError
 
 
 class BackgroundWriter:
-    """A context manager around one thread that runs jobs in the order of `submit`; leaving it waits for them.
+    """One thread that runs jobs in the order of `submit`, until `wait_written` ends it.
 
-    A job that raises LasgdError does not end the others: its text is handed to `report`, on this thread.
+    A job that raises does not end the others: what it raised is handed to `report` as text, on that thread.
     """
 
     def __init__(self, report: Callable[[str], None], capacity: int = 2):

@@ -1,0 +1,144 @@
+"""Checkpoints: whole or not at all, the newest common one, and what may differ on resume."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lasgd.errors import ConfigurationError, LasgdError
+from lasgd.training.checkpoint import Checkpoints, check_same_run, copied, newest_common
+from lasgd.training.run_folder import has_checkpoint, holds_nothing_to_lose
+
+STATE = {"model": {"weight": torch.arange(100_000.0)}}
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int):
+    """Writing beyond fails, as on a full disk; needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=1)
+    checkpoints.write(4, STATE)
+    state = checkpoints.read(4)
+    assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+    assert state["number"] == 4
+    assert checkpoints.numbers() == [4]
+    assert Checkpoints(tmp_path, rank=0).numbers() == []
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_trace_of_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=0)
+    checkpoints.write(1, STATE)
+    with files_of_at_most(50_000), pytest.raises(LasgdError) as caught:
+        checkpoints.write(2, STATE)
+    assert "checkpoints/000002/rank-0.pt could not be written: File too large" in str(caught.value)
+    assert "earlier checkpoints are kept" in str(caught.value)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["000001"]
+    assert torch.equal(checkpoints.read(1)["model"]["weight"], STATE["model"]["weight"])
+
+
+@pytest.mark.parametrize("refused", ["fsync", "replace"])
+def test_a_disk_that_refuses_at_the_last_moment_leaves_no_half_file(tmp_path, monkeypatch, refused):
+    checkpoints = Checkpoints(tmp_path, rank=0)
+    checkpoints.write(1, STATE)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, refused, refuse)
+    for number in (1, 2):  # over an earlier file, and beside it
+        with pytest.raises(LasgdError, match="No space left on device"):
+            checkpoints.write(number, STATE)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints.folder.rglob("*")] == ["000001", "rank-0.pt"]
+    assert checkpoints.read(1)["number"] == 1
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=2)
+    checkpoints.write(3, STATE)
+    path = checkpoints.part(3)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigurationError, match=r"rank 2: the checkpoint .*rank-2\.pt cannot be read.*000003"):
+        checkpoints.read(3)
+    torch.save({"version": 99}, path)
+    with pytest.raises(ConfigurationError, match="no checkpoint of this version"):
+        checkpoints.read(3)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    checkpoints = Checkpoints(tmp_path, rank=0)
+    checkpoints.write(1, {"trap": Trap()})
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        checkpoints.read(1)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_old_new_and_unfinished_parts_of_one_rank_are_removed_and_the_others_stay(tmp_path):
+    mine, theirs = Checkpoints(tmp_path, 0), Checkpoints(tmp_path, 1)
+    for number in (1, 2, 3):
+        mine.write(number, {})
+    theirs.write(3, {})
+    mine.remove_before(2)
+    assert mine.numbers() == [2, 3]
+    mine.remove_after(2)
+    assert mine.numbers() == [2]
+    assert theirs.numbers() == [3]
+    unfinished = [mine.folder / "000004" / f".rank-{rank}.pt.77.tmp" for rank in (0, 1)]
+    unfinished[0].parent.mkdir()
+    for path in unfinished:
+        path.touch()
+    mine.remove_unfinished()
+    assert [path.exists() for path in unfinished] == [False, True]
+
+
+def test_a_run_goes_on_from_the_newest_cut_that_all_ranks_have(tmp_path):
+    assert newest_common([[1, 2, 3], [2, 3, 4], [1, 2]], tmp_path) == 2
+    with pytest.raises(ConfigurationError, match=r"rank 0: \[1\]; rank 1: none"):
+        newest_common([[1], []], tmp_path)
+
+
+def test_only_a_cut_of_all_ranks_counts_as_a_checkpoint(tmp_path):
+    assert not has_checkpoint(tmp_path, 2)
+    Checkpoints(tmp_path, 0).write(1, {})
+    assert not has_checkpoint(tmp_path, 2)
+    Checkpoints(tmp_path, 1).write(2, {})
+    assert not has_checkpoint(tmp_path, 2)
+    Checkpoints(tmp_path, 1).write(1, {})
+    assert has_checkpoint(tmp_path, 2)
+    assert not has_checkpoint(tmp_path, 3)
+    assert not holds_nothing_to_lose(tmp_path)
+
+
+def test_a_resumed_run_may_differ_in_what_is_a_rank_s_own_and_in_nothing_else(tmp_path):
+    stored = {"world_size": 4, "settings": {"lr": 0.1, "workers": 1}}
+    check_same_run(stored, {"lr": 0.1, "workers": 8}, 4, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"is of 4 ranks, this run has 3"):
+        check_same_run(stored, stored["settings"], 3, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"lr=0\.1, this one has lr=0\.2"):
+        check_same_run(stored, {"lr": 0.2, "workers": 1}, 4, tmp_path)
+
+
+def test_training_may_go_on_while_the_copy_is_written():
+    weight = torch.zeros(3)
+    state = copied({"a": [weight, (weight, 1)], "b": None})
+    weight.fill_(1.0)
+    assert state["a"][0].tolist() == state["a"][1][0].tolist() == [0.0, 0.0, 0.0]
+    assert state["a"][1][1] == 1
+    assert state["b"] is None
