@@ -92,6 +92,7 @@ class Pace:
         self.sicknesses: list[Sickness] = []
         self.local_steps: tuple[int, ...] = (0,) * world_size
         self._checkpoints, self._evaluations = checkpoints, evaluations
+        self._passed_checkpoints = 0
         self._delay = Delay() if fragments == "auto" else None
         self._header = torch.zeros(world_size, len(Column), dtype=torch.float64)
         self._was_sick: frozenset[int] = frozenset()
@@ -158,6 +159,7 @@ class Pace:
         """Goes on from a checkpoint's agreement; the same values on every rank."""
         self.round, self.samples = round_, samples
         self.checkpoint, self.evaluation, self.durable_checkpoint = checkpoint, evaluation, checkpoint
+        self._passed_checkpoints = self._passed(self._checkpoints)
 
     def _agree_on_time(self, rows: list[list[float]]) -> None:
         # The median, because a straggler drags the mean; the lower one, because of two ranks one may be a straggler.
@@ -170,11 +172,15 @@ class Pace:
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
 
     def _agree_on_marks(self) -> None:
-        def reached(marks: int) -> int:  # how many of `marks` equal parts of the budget are behind us; the end is none
-            return min(max(marks - 1, 0), self.samples * marks // self.budget)
+        passed = self._passed(self._checkpoints)
+        if passed > self._passed_checkpoints:  # numbers count cuts, not marks: Ctrl-C adds cuts between them
+            self.checkpoint += 1
+            self._passed_checkpoints = passed
+        self.evaluation = max(self.evaluation, self._passed(self._evaluations))
 
-        self.checkpoint = max(self.checkpoint, reached(self._checkpoints))
-        self.evaluation = max(self.evaluation, reached(self._evaluations))
+    def _passed(self, marks: int) -> int:
+        """How many of `marks` equal parts of the budget are behind us; the end is no mark."""
+        return min(max(marks - 1, 0), self.samples * marks // self.budget)
 
     def _agree_on_health(self, rows: list[list[float]]) -> None:
         sick = frozenset(rank for rank, row in enumerate(rows) if row[Column.SICK])

@@ -21,6 +21,7 @@ communicator is in that pass, the correction is shown at the next step boundary 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 
@@ -243,8 +244,10 @@ class Replica:
     @torch.no_grad()
     def wait_residual(self, timeout_s: float) -> Tensor:
         """A copy of z - x, (D,) on the CPU, as of now; zeros where x is about to be replaced. For checkpoints."""
+        begin_s = time.monotonic()
         if not self._lock.acquire(timeout=timeout_s):
             raise PeerError(f"the communicator held the residual for more than {timeout_s:g} s")
+        self.tally.waited_s += time.monotonic() - begin_s
         try:
             self.fences.before_merge()
             residual = self._residual.to("cpu", copy=True)

@@ -51,6 +51,19 @@ def test_a_sick_rank_shows_nothing_until_it_has_adopted_a_whole_cycle():
     assert vector(ranks.models[2]).tolist() == [0.5] * 6
 
 
+def test_a_correction_that_was_still_to_be_shown_when_the_rank_fell_ill_is_not_shown_twice():
+    ranks = three(3)
+    ranks.cycle()  # all three fragments have arrived on rank 1, none is shown
+    spoil(ranks, 1)
+    ranks.round()
+    ranks.round()  # two of three are adopted
+    ranks.step(1)
+    assert vector(ranks.models[1]).isnan().any()
+    ranks.round()
+    ranks.boundary()
+    assert vector(ranks.models[1]).tolist() == [1.0] * 6
+
+
 def test_the_sickness_is_reported_once_with_rank_and_round():
     ranks = three(2)
     ranks.round()

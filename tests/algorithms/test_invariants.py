@@ -182,6 +182,7 @@ def test_every_planned_fault_fires_changes_nothing_and_the_next_round_makes_up_f
 moves = st.lists(
     st.one_of(
         st.tuples(st.just("step"), st.integers(0, 2), st.integers(-8, 8)),
+        st.tuples(st.just("round"), st.just(0), st.just(0)),
         st.tuples(st.just("begin"), st.just(0), st.just(0)),
         st.tuples(st.just("deliver"), st.just(0), st.just(0)),
         st.tuples(st.just("fail"), st.just(0), st.just(0)),
@@ -200,6 +201,8 @@ def play(ranks: Ranks, schedule, check) -> None:
         elif what == "begin" and not under_way:
             ranks.begin_round()
             under_way = True
+        elif what == "round" and not under_way:
+            ranks.round()
         elif what in ("deliver", "fail") and under_way:
             ranks.deliver() if what == "deliver" else ranks.fail(PeerError("planned"))
             under_way = False

@@ -252,6 +252,37 @@ def test_a_cut_anew_counts_no_staleness_for_what_has_been_shown_already():
     assert (ranks.tallies[0].staleness.merges, ranks.tallies[0].staleness.max_steps) == (9, 1)
 
 
+def test_a_cut_anew_joins_what_is_shown_and_what_is_not_without_showing_anything_twice():
+    ranks = Ranks([Point([0.0] * 4), Point([8.0] * 4)], fragments=2)
+    ranks.round()
+    ranks.boundary()  # the first half is shown, its residual is spent
+    ranks.round()  # the second half is not
+    for pace in ranks.paces:
+        pace.fragments = 1
+    total = ranks.sum_of_z()
+    ranks.begin_round()
+    assert [s.tolist() for s in ranks.sent] == [[4.0] * 4] * 2
+    assert torch.equal(ranks.sum_of_z(), total)
+    ranks.boundary()
+    assert [vector(m).tolist() for m in ranks.models] == [[4.0] * 4] * 2
+
+
+def test_a_cut_anew_sends_the_buffers_own_values_where_no_mean_is_to_be_shown():
+    models = [nn.BatchNorm1d(2) for _ in range(2)]
+    ranks = Ranks(models, fragments=2)  # parameters, then buffers
+    ranks.cycle()
+    ranks.boundary()
+    ranks.round()  # the parameters' mean is still to be shown
+    for model in models:
+        model.running_mean.fill_(5.0)  # a local forward pass
+    ranks.begin_round()
+    ranks.fail(RuntimeError("lost"))
+    for pace in ranks.paces:
+        pace.fragments = 1
+    ranks.begin_round()
+    assert ranks.sent[0].tolist() == [1.0, 1.0, 0.0, 0.0, 5.0, 5.0, 1.0, 1.0]
+
+
 def test_a_merge_finds_the_lock_taken_and_shows_at_the_next_boundary_instead():
     # 1. a correction has arrived;  2. the communicator holds the lock;  3. the boundary comes and does not wait.
     ranks = Ranks([Point([0.0]), Point([2.0])])

@@ -91,9 +91,24 @@ def test_a_checkpoint_is_durable_when_the_last_rank_has_it():
 
 def test_one_rank_that_asks_to_stop_ends_all_with_one_more_checkpoint():
     ranks = paces(2, samples=100, checkpoints=10)
+    agree(ranks, [tally(25), tally(10)])
+    before = ranks[0].checkpoint
     agree(ranks, [tally(25), tally(10, wants_stop=True)])
     assert [p.end for p in ranks] == [End.STOP] * 2
-    assert [p.checkpoint for p in ranks] == [4] * 2
+    assert [p.checkpoint for p in ranks] == [before + 1] * 2
+
+
+def test_the_checkpoint_of_an_early_end_does_not_swallow_the_next_regular_one_after_a_resume():
+    (pace,) = paces(1, samples=100, checkpoints=10)
+    agree([pace], [tally(35)])
+    agree([pace], [tally(36, wants_stop=True)])
+    stopped_at = pace.checkpoint
+    (again,) = paces(1, samples=100, checkpoints=10)
+    again.resume(round_=pace.round, samples=36, checkpoint=stopped_at, evaluation=0)
+    agree([again], [tally(39)])
+    assert again.checkpoint == stopped_at
+    agree([again], [tally(40)])
+    assert again.checkpoint == stopped_at + 1
 
 
 def test_the_run_goes_on_while_one_rank_has_not_left():

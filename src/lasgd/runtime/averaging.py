@@ -272,9 +272,7 @@ class Averaging:
 
         Every rank stores its own: replicas differ. The tensor is a copy.
         """
-        begin_s = time.monotonic()
         residual = self.replica.wait_residual(self._timeout_s)
-        self.tally.waited_s += time.monotonic() - begin_s
         return {
             "version": STATE_VERSION,
             "rank": self.rank,
