@@ -103,3 +103,31 @@ def test_collectives_in_different_orders_are_an_error_not_a_wrong_sum():
     )
     assert all(isinstance(result, PeerError) for result in results)
     assert any("out of order" in str(result) for result in results)
+
+
+class _Work:
+    """A collective that ends between the time-out of one look and the question whether it has ended."""
+
+    def __init__(self, error: Exception | None):
+        self.error, self.looks = error, 0
+
+    def wait(self, timeout=None):
+        self.looks += 1
+        if self.looks == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise self.error
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_ends_well_just_after_a_look_has_not_failed():
+    work = _Work(error=None)
+    C10dGroup._wait_done(object.__new__(C10dGroup), work)
+    assert work.looks == 2
+
+
+def test_a_collective_that_fails_just_after_a_look_gives_its_own_error():
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        C10dGroup._wait_done(object.__new__(C10dGroup), _Work(RuntimeError("reset by peer")))

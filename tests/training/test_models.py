@@ -30,11 +30,11 @@ def test_built_in_models_have_the_published_number_of_parameters(name, count, no
     assert parameters(build_model(name, num_classes=10, channels=3, norm=norm)) == count
 
 
-@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)])
 def test_the_command_line_knows_the_built_in_models_by_name():
     assert tuple(sorted(BUILT_IN)) == BUILT_IN_MODELS
 
 
+@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)])
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_the_norm_is_the_one_asked_for_everywhere(name, norm, kind):
     modules = list(build_model(name, num_classes=10, channels=3, norm=norm).modules())

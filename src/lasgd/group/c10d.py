@@ -217,7 +217,9 @@ class C10dGroup:
                 return
             except RuntimeError:
                 if work.is_completed():
-                    raise
+                    # Its own error, if it has one: it may have ended well between the time-out and this question.
+                    work.wait()
+                    return
                 if self._has_left or self._notices.is_there_trouble():
                     raise RuntimeError("another rank is in trouble") from None
 
