@@ -43,8 +43,9 @@ class Group(Protocol):
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """Replaces both CPU tensors by their sums over the members, in place; bit-identical on all of them.
 
-        They travel at the same time. The small `header` arrives first, when all members have joined: that moment is
-        nearly the same on all of them. Returns the two arrival times, in seconds of time.monotonic(). Raises PeerError.
+        They travel at the same time. Returns when the header and when the vector was complete here, in seconds of
+        time.monotonic(). The header cannot be before all members have joined; on a loaded link it may be much later,
+        queued behind the vector. Raises PeerError.
         """
         ...
 

@@ -67,6 +67,11 @@ class StepPadding:
         self._begun_s: float | None = None
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing is padded."""
+        return self._idle
+
+    @property
     def overrun_share(self) -> float:
         """Share of the steps that outlasted their padding, 0.0 before the first step."""
         return self.overruns / self.steps if self.steps else 0.0

@@ -106,6 +106,8 @@ class Trainer:
         self._padding.begin()
         loss = functional.cross_entropy(self._model(images), labels)
         loss.backward()
+        if self._device.type == "cuda" and not self._padding.is_idle:
+            torch.cuda.current_stream(self._device).synchronize()  # a padded step is timed on the host
         self._padding.wait_rest()
         lr = self._settings.lr * schedule.factor(self._averaging.progress, self._settings.warmup)
         for group in self._optimizer.param_groups:
