@@ -143,7 +143,7 @@ def test_a_model_from_the_current_folder_trains_without_workers(tmp_path):
 
 
 def test_independent_ranks_send_nothing_and_end_at_their_share(tmp_path):
-    run(tmp_path, *QUICK, "--samples", "2000", "--algorithm", "independent")
+    run(tmp_path, *QUICK, "--samples", "2000", "--batch-size", "32", "--algorithm", "independent")
     record = read_run(tmp_path / "run")
     assert record.status == "finished"
     assert record.replicas_identical is False

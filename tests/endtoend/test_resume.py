@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 BATCH = 32
 # Steps of 20 ms, so that a test has the time to kill; checkpoints every 500 samples, some 8 steps of two ranks.
 SLOW = ("--model", "cnn4", "--samples", "10000", "--lr", "0.05", "--checkpoints", "20", "--condition", "step=20ms")
-SLOW += ("--evaluations", "4", "--workers", "1")
+SLOW += ("--evaluations", "4", "--workers", "1", "--batch-size", str(BATCH))
 
 
 def part(out, number: int, rank: int) -> dict:

@@ -49,6 +49,7 @@ RANK_KEYS = {
 
 def test_a_small_run_leaves_a_complete_folder_and_a_model_that_does_what_it_says(tmp_path):
     options = ("--ranks", "2", "--model", "cnn4", "--samples", "6000", "--evaluations", "4", "--checkpoints", "3")
+    options += ("--batch-size", "32")
     with running(Command(*options, "--out", "run", cwd=tmp_path)) as command:
         assert command.wait() == 0, command.err
         command.wait_gone()
