@@ -94,7 +94,7 @@ def test_the_command_line_wins_over_the_config_file(launched, tmp_path):
         ("--ranks 0", "lasgd: --ranks: must be greater than or equal to 1, got 0"),
         ("--batch-sze 3", "Unknown option: --batch-sze. Did you mean --batch-size?"),
         ("digits", "unexpected: digits"),
-        ("--samples 60", "60 is less than one batch on every rank: 4 ranks times a batch of 16 need at least 64"),
+        ("--samples 60", "60 is less than one batch on every rank: 4 ranks times a batch of 32 need at least 128"),
         ("--algorithm lasdg", "algorithm 'lasdg' is not known"),
         ("--algorithm lasdg", "Did you mean 'lasgd'?"),
         ("--merge ful", "Did you mean 'full'?"),

@@ -45,8 +45,8 @@ class Settings(BaseModel):
     samples: Annotated[int, Field(ge=1)] | None = None
     """Budget: samples of all ranks together."""
     epochs: Positive | None = None
-    """Budget in passes over the training data, instead of samples; default 40 for digits, 10 otherwise."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Budget in passes over the training data, instead of samples; default 60 for digits, 10 otherwise."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples of one local step of one rank."""
 
     lr: Positive = 0.1

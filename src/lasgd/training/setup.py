@@ -21,7 +21,7 @@ from lasgd.training.models import build_model, check_model
 from lasgd.training.run_folder import LinkEmulation
 from lasgd.training.settings import OWN_TO_A_RANK, Settings
 
-DIGITS_EPOCHS = 40.0
+DIGITS_EPOCHS = 60.0
 EPOCHS = 10.0
 
 
