@@ -54,12 +54,16 @@ def test_built_in_models_take_images_from_8_to_224_pixels(name, side, channels):
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_logits_and_gradients_start_in_a_sane_range(name):
+def test_logits_start_in_a_sane_range_and_the_second_step_moves_every_parameter(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=10, channels=3, norm="group")
-    logits = model(torch.randn(16, 3, 16, 16))
-    nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
-    assert 0.01 < logits.std() < 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    assert 0.01 < model(images).std() < 10
+    for _ in range(2):  # behind a scale of 0 the first gradient is 0
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
@@ -71,9 +75,9 @@ def test_the_same_generator_state_gives_the_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(made(), made(), strict=True))
 
 
-def test_a_shortcut_that_widens_keeps_the_old_channels_and_adds_zeros():
-    block = build_model("resnet20", num_classes=10, channels=3, norm="group").blocks[3]
-    nn.init.zeros_(block.change[-1].weight)  # nothing but the shortcut is left
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_block_starts_as_its_shortcut_which_keeps_the_old_channels_and_adds_zeros(norm):
+    block = build_model("resnet20", num_classes=10, channels=3, norm=norm).blocks[3]
     x = torch.rand(2, 16, 8, 8)
     out = block(x)
     assert torch.equal(out[:, :16], x[:, :, ::2, ::2])
