@@ -95,6 +95,9 @@ class Pace:
         self._passed_checkpoints = 0
         self._delay = Delay() if fragments == "auto" else None
         self._header = torch.zeros(world_size, len(Column), dtype=torch.float64)
+        # Written through NumPy, which keeps the interpreter lock: torch gives it away at every operation, and a
+        # communicator on a machine with more busy threads than cores waits milliseconds to have it back.
+        self._table = self._header.numpy()
         self._was_sick: frozenset[int] = frozenset()
 
     @property
@@ -119,9 +122,8 @@ class Pace:
             Column.STOP: tally.wants_stop,
             Column.SAVED: tally.saved_checkpoint,
         }
-        self._header.zero_()
-        for column, value in row.items():
-            self._header[rank, column] = float(value)
+        self._table.fill(0.0)
+        self._table[rank] = [row[column] for column in Column]
         return self._header
 
     def agree(self, outcome: Mean | Failure) -> None:

@@ -20,6 +20,7 @@ communicator is in that pass, the correction is shown at the next step boundary 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -58,11 +59,17 @@ class _Window:
         self.pieces = {s: [p for p in fragment.pieces if p.entry.section is s] for s in Section}
         self.parameter_end = sum(p.end - p.begin for s in (Section.EXACT, Section.COARSE) for p in self.pieces[s])
         self.exact_end = sum(p.end - p.begin for p in self.pieces[Section.EXACT])
+        self.has_buffers = self.parameter_end < fragment.size
+        self.residual_parameters, self.residual_buffers = self._split(self.residual)
+        self.sent_parameters, self.sent_buffers = self._split(self.sent)
         self.residual_views = {s: self._views(residual, 0, s) for s in Section}
         self.sent_views = {s: self._views(buffer, fragment.begin, s) for s in Section}
 
     def _views(self, flat: Tensor, shift: int, section: Section) -> list[Tensor]:
         return [flat[p.begin - shift : p.end - shift].view(p.live().shape) for p in self.pieces[section]]
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return values[: self.parameter_end], values[self.parameter_end :]
 
     def live(self, section: Section) -> list[Tensor]:
         """Views of the model's own tensors."""
@@ -125,10 +132,9 @@ class Replica:
                 elif holding is not Holding.EMPTY:
                     parameters, buffers = (Section.EXACT, Section.COARSE), (Section.BUFFER,)
                     window.copy_parts(window.sent_views, parameters)
-                    end = window.parameter_end
-                    window.sent[:end].add_(window.residual[:end])
+                    window.sent_parameters.add_(window.residual_parameters)
                     if holding is Holding.CORRECTION:
-                        window.sent[end:].copy_(window.residual[end:])
+                        window.sent_buffers.copy_(window.residual_buffers)
                     else:
                         window.copy_parts(window.sent_views, buffers)
                 if holding is not Holding.CORRECTION:
@@ -163,12 +169,13 @@ class Replica:
                         self._is_recovering = True
                         self._arrived = list(range(len(self.fragments)))
                 else:
-                    end = window.parameter_end
+                    of_parameters = mean[: window.parameter_end] if window.has_buffers else mean
                     if self._holding[index] is Holding.EMPTY:
-                        torch.sub(mean[:end], window.sent[:end], out=window.residual[:end])
+                        torch.sub(of_parameters, window.sent_parameters, out=window.residual_parameters)
                     else:
-                        window.residual[:end].add_(mean[:end]).sub_(window.sent[:end])
-                    window.residual[end:].copy_(mean[end:])
+                        window.residual_parameters.add_(of_parameters).sub_(window.sent_parameters)
+                    if window.has_buffers:
+                        window.residual_buffers.copy_(mean[window.parameter_end :])
                     if self._holding[index] is not Holding.REPLACEMENT:
                         self._holding[index] = Holding.CORRECTION
                     if index not in self._arrived:
@@ -323,7 +330,7 @@ class Replica:
 
     def _is_finite(self, values: Tensor) -> bool:
         torch.linalg.vector_norm(values, ord=torch.inf, out=self._norm)
-        return bool(torch.isfinite(self._norm).item())
+        return math.isfinite(self._norm.item())
 
     def _on_device(self, values: Tensor) -> Tensor:
         if self._arriving is None:

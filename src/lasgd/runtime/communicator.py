@@ -134,7 +134,7 @@ class Communicator(threading.Thread):
         self._record("round", begin_s, arrived_s)
         self._arrived_s, self._round_s = arrived_s, arrived_s - begin_s
         self._round_parts = len(replica.fragments)
-        weight = header[:, Column.WEIGHT].sum().item()
+        weight = float(header.numpy()[:, Column.WEIGHT].sum())
         if weight == 0:
             return Mean(None, header)
         mean = Mean(vector.div_(weight), header)
