@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,6 @@ class Pace:
         self.evaluation = 0
         """Number of the newest evaluation that is due; 0: none yet."""
         self.sicknesses: list[Sickness] = []
-        self.local_steps: tuple[int, ...] = (0,) * world_size
         self._checkpoints, self._evaluations = checkpoints, evaluations
         self._passed_checkpoints = 0
         self._delay = Delay() if fragments == "auto" else None
@@ -130,16 +130,15 @@ class Pace:
         """Draws every conclusion from one round's summed header; a Failure leaves all as it was."""
         if isinstance(outcome, Failure):
             return
-        rows = outcome.header.tolist()
+        table = outcome.header.numpy()
         self.round += 1
-        self.samples = int(sum(row[Column.SAMPLES] for row in rows))
-        self.local_steps = tuple(int(row[Column.LOCAL_STEPS]) for row in rows)
-        self.durable_checkpoint = int(min(row[Column.SAVED] for row in rows))
-        self._agree_on_time(rows)
+        self.samples = int(table[:, Column.SAMPLES].sum())
+        self.durable_checkpoint = int(table[:, Column.SAVED].min())
+        self._agree_on_time(table)
         self._agree_on_marks()
-        self._agree_on_health(rows)
+        self._agree_on_health(table)
         if self.end is None:
-            self.end = self._reason_to_end(rows)
+            self.end = self._reason_to_end(table)
 
     def diverge(self) -> None:
         """Communicator: not one rank could contribute to the last exact average; seen by all in the same round."""
@@ -163,14 +162,15 @@ class Pace:
         self.checkpoint, self.evaluation, self.durable_checkpoint = checkpoint, evaluation, checkpoint
         self._passed_checkpoints = self._passed(self._checkpoints)
 
-    def _agree_on_time(self, rows: list[list[float]]) -> None:
+    def _agree_on_time(self, table: np.ndarray) -> None:
         # The median, because a straggler drags the mean; the lower one, because of two ranks one may be a straggler.
-        step_s = _median_low(row[Column.STEP_S] for row in rows)
+        step_s = _median_low(_known(table[:, Column.STEP_S]))
         # The least, because the rank that joined last waited for nobody: its time is the round's own.
-        round_s = min((row[Column.ROUND_S] for row in rows if row[Column.ROUND_S] > 0), default=0.0)
+        round_s = float(_known(table[:, Column.ROUND_S]).min(initial=math.inf))
+        round_s = 0.0 if round_s == math.inf else round_s
         self.due_s = max(0.0, self.steps_per_round * step_s - round_s) if step_s else IDLE_S
         if self._delay and step_s and round_s:
-            parts = int(max(row[Column.PARTS] for row in rows))  # the same on all that know it
+            parts = int(table[:, Column.PARTS].max())  # the same on all that know it
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
 
     def _agree_on_marks(self) -> None:
@@ -184,20 +184,20 @@ class Pace:
         """How many of `marks` equal parts of the budget are behind us; the end is no mark."""
         return min(max(marks - 1, 0), self.samples * marks // self.budget)
 
-    def _agree_on_health(self, rows: list[list[float]]) -> None:
-        sick = frozenset(rank for rank, row in enumerate(rows) if row[Column.SICK])
+    def _agree_on_health(self, table: np.ndarray) -> None:
+        sick = frozenset(table[:, Column.SICK].nonzero()[0].tolist())
         self.sicknesses += [Sickness(rank, self.round) for rank in sorted(sick - self._was_sick)]
         self._was_sick = sick
 
-    def _reason_to_end(self, rows: list[list[float]]) -> End | None:
-        if not any(row[Column.WEIGHT] for row in rows):
+    def _reason_to_end(self, table: np.ndarray) -> End | None:
+        if not table[:, Column.WEIGHT].any():
             return End.DIVERGED
-        if any(row[Column.STOP] for row in rows):
+        if table[:, Column.STOP].any():
             self.checkpoint += 1
             return End.STOP
         if self.samples >= self.budget:
             return End.SAMPLES
-        if all(row[Column.LEFT] for row in rows):
+        if table[:, Column.LEFT].all():
             return End.LEFT
         return None
 
@@ -258,7 +258,11 @@ def _latency_share(f0: int, t0: float, f1: int, t1: float) -> float:
     return min(1.0, max(0.0, a / (a + b))) if a + b > 0 else 0.0
 
 
-def _median_low(values) -> float:
-    """The lower median of the values that are known (not 0); 0 where none is."""
-    known = [value for value in values if value > 0]
-    return statistics.median_low(known) if known else 0.0
+def _known(values: np.ndarray) -> np.ndarray:
+    """Those that are not 0, which stands for "not known yet"."""
+    return values[values > 0]
+
+
+def _median_low(values: np.ndarray) -> float:
+    """The lower median; 0 where there is none."""
+    return float(np.sort(values)[(len(values) - 1) // 2]) if len(values) else 0.0

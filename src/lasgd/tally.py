@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -35,7 +34,7 @@ class Tally:
     local_steps: int = 0
     samples: int = 0
     step_s: float = 0.0
-    """Seconds of a local step, boundary to boundary, median of the latest nine; 0 before the first."""
+    """Seconds of a local step, boundary to boundary, lower median of the latest nine; 0 before the first."""
     waited_s: float = 0.0
     """Seconds in which the training thread stood still for the network, a lock or another rank."""
     staleness: Staleness = field(default_factory=Staleness)
@@ -55,7 +54,7 @@ class Tally:
         self.local_steps += 1
         self.samples += self.batch_size
         self._recent_s.append(now_s - self.boundary_s)
-        self.step_s = statistics.median(self._recent_s)
+        self.step_s = sorted(self._recent_s)[(len(self._recent_s) - 1) // 2]
         self.boundary_s = now_s
 
     def start_clock(self, now_s: float) -> None:
