@@ -203,12 +203,18 @@ class Pace:
 
 
 class Delay:
-    """The whole vector's delay in local steps, from rounds that carry one of F fragments, and the F that follows.
+    """How many fragments the measured delays ask for.
 
-    A round of one of F fragments takes a + b/F: a part that does not shrink (latency) and one that does (bandwidth).
-    The share a/(a+b) is learnt where F changes much; without it a slow-to-answer network would ask for ever more
-    fragments, each as late as the one before.
+    A round that carries one of F fragments takes t(F) = a + b/F local steps: a part that does not shrink (latency,
+    and threads that wait for a core) and one that does (bandwidth). Back to back, an element is averaged every F t(F)
+    steps and its mean is t(F) steps late, so what a rank knows of the others is on average as old as
 
+        F t(F) / 2 + t(F) = a F/2 + b/2 + a + b/F          least at F = sqrt(2 b/a)
+
+    More than D = a + b fragments win nothing, because a mean is shown at the next step boundary at the soonest. So
+    F = min(D, sqrt(2 b/a)), rounded up: D where bandwidth is all, 1 where cutting only makes averages rarer.
+
+    The share q = a/D is learnt where F changes much, and forgotten where D does: until it is known again, F = D.
     Delays are medians of the latest rounds: one slow round changes nothing, a link that has changed its speed is
     believed when it has been so for half of them. Rounds of another cut than the present one are not mixed in.
     """
@@ -216,12 +222,15 @@ class Delay:
     LEAST_ROUNDS = 3
     CLEAR_CHANGE = 1.5
     """F must have changed by this factor to tell latency from noise."""
+    OTHER_NETWORK = 2.5
+    """Where D has changed by this factor since q was learnt, the network is taken for another one."""
 
     def __init__(self) -> None:
         self._parts = 0
         self._recent: deque[float] = deque()  # rounds of the present cut, in local steps
         self._before: tuple[int, float] | None = None  # the cut before: F and its delay
         self._latency_share = 0.0
+        self._learnt_at = 0.0  # D when the share was learnt; 0: it was not
 
     def fragments(self, asked: int, parts: int, round_steps: float) -> int:
         """Takes in one round's delay in local steps, measured with `parts` fragments; returns how many to ask for.
@@ -237,18 +246,30 @@ class Delay:
         self._recent.append(round_steps)
         if len(self._recent) < max(self.LEAST_ROUNDS, parts):
             return asked
-        delay = statistics.median(self._recent)
-        if self._before is not None:
-            ratio = self._before[0] / parts
-            if max(ratio, 1 / ratio) >= self.CLEAR_CHANGE:
-                self._latency_share = _latency_share(*self._before, parts, delay)
-            self._before = None
-        share = self._latency_share
-        whole = delay / (share + (1 - share) / parts)
+        wanted = self._wanted(parts, statistics.median(self._recent))
         # A band around the present number, so that noise does not recut the vector again and again.
-        if asked * 0.8 - 1 <= whole <= asked * 1.1 + 0.2:
+        if asked * 0.8 - 1 <= wanted <= asked * 1.1 + 0.2:
             return asked
-        return min(MAX_FRAGMENTS, max(1, math.ceil(whole)))
+        return min(MAX_FRAGMENTS, max(1, math.ceil(wanted)))
+
+    def _wanted(self, parts: int, delay: float) -> float:
+        before, self._before = self._before, None
+        if before is not None and _factor(before[0], parts) >= self.CLEAR_CHANGE:
+            self._latency_share = _latency_share(*before, parts, delay)
+            self._learnt_at = self._whole(parts, delay)
+        elif self._learnt_at and _factor(self._whole(parts, delay), self._learnt_at) >= self.OTHER_NETWORK:
+            self._latency_share = self._learnt_at = 0.0
+        whole, share = self._whole(parts, delay), self._latency_share
+        return min(whole, math.sqrt(2 * (1 - share) / share)) if share else whole
+
+    def _whole(self, parts: int, delay: float) -> float:
+        """D, from the delay of one of `parts` fragments."""
+        return delay / (self._latency_share + (1 - self._latency_share) / parts)
+
+
+def _factor(one: float, other: float) -> float:
+    """By how much two positive numbers differ, at least 1."""
+    return max(one / other, other / one)
 
 
 def _latency_share(f0: int, t0: float, f1: int, t1: float) -> float:

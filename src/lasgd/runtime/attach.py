@@ -59,7 +59,7 @@ def attach(
     batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
     algorithm        "lasgd", or "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
-    fragments        parts of the vector, one per round; "auto": the whole vector's delay in local steps, 1 to 20
+    fragments        parts of the vector, one per round; "auto": as the network's delay asks, 1 to 20 (pace.Delay)
     steps_per_round  a round at most every so many local steps of the median rank
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
     keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one

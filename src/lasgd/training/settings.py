@@ -36,7 +36,7 @@ class Settings(BaseModel):
     merge: str = "full"
     """Merge rule: how much of a correction the replica shows at the step boundary."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
-    """Parts of the vector, one averaged per round; auto: the whole vector's delay in local steps, 1 to 20."""
+    """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
     steps_per_round: Positive = 1.0
     """A round at most every so many local steps of the median rank."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
