@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "tally": set(),
     "merge": {"errors"},
     "fences": set(),
+    "stalls": set(),
     "layout": {"errors"},
     "pace": {"algorithms.requests", "tally"},
     "replica": {"algorithms.requests", "errors", "fences", "layout", "merge", "tally"},

@@ -113,6 +113,12 @@ def test_stalls_are_the_same_for_the_same_seed_rank_and_step():
     assert drawn[0] != [stall_s(jitter, 8, 0, step) for step in range(100)]
 
 
+def test_stalls_come_at_the_steps_at_which_they_have_always_come():
+    # Stored runs are compared with new ones, so the draws must never change.
+    jitter = parse("stall=1s@5%")
+    assert [step for step in range(200) if stall_s(jitter, 0, 3, step)] == [0, 31, 32, 35, 37, 39, 62, 69, 88, 95, 125, 134, 164, 188, 194, 199]
+
+
 def test_stalls_come_as_often_as_their_probability():
     # 20,000 draws with p = 1 %: 200 expected, standard deviation 14; the draws are fixed, five deviations allowed
     stalls = sum(stall_s(parse("stall=1s@1%"), 0, rank, step) > 0 for rank in range(4) for step in range(5000))

@@ -5,22 +5,18 @@ The training thread calls `begin()` before forward and `wait_rest()` after backw
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable
-from hashlib import blake2b
 
 from lasgd.errors import ProtocolError
 from lasgd.lab.conditions import Condition
+from lasgd.stalls import is_stalled
 
 
 def stall_s(condition: Condition, seed: int, rank: int, local_step: int) -> float:
     """Seconds for which `rank` stalls in its step number `local_step`: a pure function of its arguments."""
-    if condition.stall_probability == 0.0:
-        return 0.0
-    digest = blake2b(struct.pack("<3q", seed, rank, local_step), digest_size=8, person=b"lasgd stall").digest()
-    drawn = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1]: 100 % must always stall, hence <= below
-    return condition.stall_s if drawn <= condition.stall_probability else 0.0
+    stalls = is_stalled(condition.stall_probability, seed, rank, local_step)
+    return condition.stall_s if stalls else 0.0
 
 
 class StepPadding:
