@@ -116,7 +116,24 @@ def test_stalls_are_the_same_for_the_same_seed_rank_and_step():
 def test_stalls_come_at_the_steps_at_which_they_have_always_come():
     # Stored runs are compared with new ones, so the draws must never change.
     jitter = parse("stall=1s@5%")
-    assert [step for step in range(200) if stall_s(jitter, 0, 3, step)] == [0, 31, 32, 35, 37, 39, 62, 69, 88, 95, 125, 134, 164, 188, 194, 199]
+    assert [step for step in range(200) if stall_s(jitter, 0, 3, step)] == [
+        0,
+        31,
+        32,
+        35,
+        37,
+        39,
+        62,
+        69,
+        88,
+        95,
+        125,
+        134,
+        164,
+        188,
+        194,
+        199,
+    ]
 
 
 def test_stalls_come_as_often_as_their_probability():

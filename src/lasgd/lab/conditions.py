@@ -17,9 +17,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from lasgd.errors import ConfigurationError, unknown
+from lasgd.lab.quantities import BANDWIDTH_LIMITS, BITS, PERCENT, SECONDS, TIME_LIMITS, TIMES, Reader
 
 PRESETS = {
     "slow": "link=20mbit+step=100ms",
@@ -32,15 +33,8 @@ PRESETS = {
 Straggler = tuple[int | Literal["last"], float]
 """Who is slow, and how many times slower."""
 
-_BITS = {"gbit": Decimal(10**9), "mbit": Decimal(10**6), "kbit": Decimal(10**3)}
-_SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
-_PERCENT = {"%": Decimal(1)}
-_TIMES = {"x": Decimal(1)}
-
-_BANDWIDTH_LIMITS = (125.0, 1.25e11)  # 1 kbit/s to 1000 gbit/s, in bytes
-_TIME_LIMITS = (1e-6, 3600.0)
 _FACTOR_LIMITS = (1.0, 1000.0)
-_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([a-z%]+)", re.ASCII)
+_READ = Reader("condition")
 
 
 @dataclass(frozen=True)
@@ -65,11 +59,11 @@ class Condition:
         in_order = tuple(sorted(self.stragglers, key=lambda s: (s[0] == "last", s[0])))
         object.__setattr__(self, "stragglers", in_order)
         given: list[tuple[str, float | None, tuple[float, float]]] = [
-            ("bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, _BANDWIDTH_LIMITS),
-            ("latency_s", self.latency_s or None, _TIME_LIMITS),
-            ("step_s", self.step_s, _TIME_LIMITS),
-            ("round_s", self.round_s, _TIME_LIMITS),
-            ("stall_s", self.stall_s or None, _TIME_LIMITS),
+            ("bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, BANDWIDTH_LIMITS),
+            ("latency_s", self.latency_s or None, TIME_LIMITS),
+            ("step_s", self.step_s, TIME_LIMITS),
+            ("round_s", self.round_s, TIME_LIMITS),
+            ("stall_s", self.stall_s or None, TIME_LIMITS),
             ("stall_probability", self.stall_probability, (0.0, 1.0)),
             *((f"factor of straggler {who}", factor, _FACTOR_LIMITS) for who, factor in self.stragglers),
         ]
@@ -133,7 +127,7 @@ def parse(text: str) -> Condition:
     if words == ["fast"]:
         return Condition()
     if "fast" in words:
-        _refuse(text, "`fast` slows nothing down, so it stands alone", "`fast`, or the other parts without it")
+        _READ.refuse(text, "`fast` slows nothing down, so it stands alone", "`fast`, or the other parts without it")
     fields: dict[str, Any] = {}
     names: set[str] = set()
     stragglers: dict[int | Literal["last"], float] = {}
@@ -143,11 +137,11 @@ def parse(text: str) -> Condition:
         if name == "straggler":
             who, factor = found["straggler"]
             if who in stragglers:
-                _refuse(part, f"straggler {who} is given twice in {text!r}", "one factor for each rank")
+                _READ.refuse(part, f"straggler {who} is given twice in {text!r}", "one factor for each rank")
             stragglers[who] = factor
             continue
         if name in names:
-            _refuse(part, f"`{name}=` is given twice in {text!r} (presets count)", f"one `{name}=`")
+            _READ.refuse(part, f"`{name}=` is given twice in {text!r} (presets count)", f"one `{name}=`")
         names.add(name)
         fields.update(found)
     return Condition(**fields, stragglers=tuple(stragglers.items()))
@@ -156,16 +150,16 @@ def parse(text: str) -> Condition:
 def _name_and_value(text: str, part: str) -> tuple[str, str]:
     """`step=100ms` -> step, 100ms; refuses what is no part of the language."""
     if not part:
-        _refuse(text, "a part is empty", "`fast`, or parts joined with `+` as in link=20mbit+step=100ms")
+        _READ.refuse(text, "a part is empty", "`fast`, or parts joined with `+` as in link=20mbit+step=100ms")
     name, equals, value = (piece.strip() for piece in part.partition("="))
     if name == "latency":
-        _refuse(part, "latency is said of a link", "link=100mbit,latency=20ms")
+        _READ.refuse(part, "latency is said of a link", "link=100mbit,latency=20ms")
     if name not in _READERS and name not in PRESETS:
         raise unknown(f"condition {text!r}: part", name, {*_READERS, *PRESETS, "fast"})
     if not equals:
-        _refuse(part, f"`{name}` needs a value", _EXAMPLES[name])
+        _READ.refuse(part, f"`{name}` needs a value", _EXAMPLES[name])
     if name not in _READERS:
-        _refuse(part, f"`{name}` is a preset and takes no value", f"`{name}`")
+        _READ.refuse(part, f"`{name}` is a preset and takes no value", f"`{name}`")
     return name, value
 
 
@@ -181,15 +175,14 @@ _EXAMPLES = {
 def _link(part: str, value: str) -> dict[str, Any]:
     bandwidth, *options = (piece.strip() for piece in value.split(","))
     example = _EXAMPLES["link"]
-    bits_per_s = _quantity(part, bandwidth, "a bandwidth", _BITS, example)
-    fields = {"bandwidth_bytes_per_s": _within(part, bits_per_s / 8, _BANDWIDTH_LIMITS, "1kbit to 1000gbit")}
+    fields = {"bandwidth_bytes_per_s": _READ.bandwidth_bytes_per_s(part, bandwidth, example)}
     for option in options:
         name, _, latency = (piece.strip() for piece in option.partition("="))
         if name != "latency":
             raise unknown(f"condition part {part!r}: option", name, ["latency"])
         if "latency_s" in fields:
-            _refuse(part, "latency is given twice", example)
-        fields["latency_s"] = _duration(part, latency, example)
+            _READ.refuse(part, "latency is given twice", example)
+        fields["latency_s"] = _READ.duration_s(part, latency, example)
     return fields
 
 
@@ -197,10 +190,10 @@ def _straggler(part: str, value: str) -> dict[str, Any]:
     who, colon, factor = (piece.strip() for piece in value.partition(":"))
     example = _EXAMPLES["straggler"]
     if not colon:
-        _refuse(part, f"{value!r} is not a rank and a factor", example)
+        _READ.refuse(part, f"{value!r} is not a rank and a factor", example)
     if who != "last" and not re.fullmatch(r"\d{1,9}", who, re.ASCII):
-        _refuse(part, f"{who!r} is not a rank", example)
-    times = _within(part, _quantity(part, factor, "a factor", _TIMES, example), _FACTOR_LIMITS, "1x to 1000x")
+        _READ.refuse(part, f"{who!r} is not a rank", example)
+    times = _READ.within(part, _READ.quantity(part, factor, "a factor", TIMES, example), _FACTOR_LIMITS, "1x to 1000x")
     return {"straggler": (who if who == "last" else int(who), times)}
 
 
@@ -208,11 +201,11 @@ def _stall(part: str, value: str) -> dict[str, Any]:
     duration, at, chance = (piece.strip() for piece in value.partition("@"))
     example = _EXAMPLES["stall"]
     if not at:
-        _refuse(part, f"{value!r} is not a duration and a probability", example)
-    percent = _quantity(part, chance, "a percentage", _PERCENT, example)
+        _READ.refuse(part, f"{value!r} is not a duration and a probability", example)
+    percent = _READ.quantity(part, chance, "a percentage", PERCENT, example)
     return {
-        "stall_s": _duration(part, duration, example),
-        "stall_probability": _within(part, percent / 100, (0.0, 1.0), "0% to 100%"),
+        "stall_s": _READ.duration_s(part, duration, example),
+        "stall_probability": _READ.within(part, percent / 100, (0.0, 1.0), "0% to 100%"),
     }
 
 
@@ -220,31 +213,9 @@ _READERS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "link": _link,
     "straggler": _straggler,
     "stall": _stall,
-    "step": lambda part, value: {"step_s": _duration(part, value, _EXAMPLES["step"])},
-    "round": lambda part, value: {"round_s": _duration(part, value, _EXAMPLES["round"])},
+    "step": lambda part, value: {"step_s": _READ.duration_s(part, value, _EXAMPLES["step"])},
+    "round": lambda part, value: {"round_s": _READ.duration_s(part, value, _EXAMPLES["round"])},
 }
-
-
-def _refuse(part: str, why: str, expected: str) -> NoReturn:
-    raise ConfigurationError(f"condition part {part!r}: {why}. Expected {expected}.")
-
-
-def _quantity(part: str, text: str, what: str, units: dict[str, Decimal], example: str) -> Decimal:
-    match = _NUMBER.fullmatch(text)
-    if match is None or match[2] not in units:
-        known = " or ".join(units)
-        _refuse(part, f"{text!r} is not {what} (a positive decimal number and {known})", example)
-    return Decimal(match[1]) * units[match[2]]
-
-
-def _duration(part: str, text: str, example: str) -> float:
-    return _within(part, _quantity(part, text, "a duration", _SECONDS, example), _TIME_LIMITS, "1us to 3600s")
-
-
-def _within(part: str, value: Decimal, limits: tuple[float, float], expected: str) -> float:
-    if not limits[0] <= float(value) <= limits[1]:
-        _refuse(part, "the value is out of range", expected)
-    return float(value)
 
 
 # Canonical texts go through Decimal(repr(value)), the shortest decimal that reads back as the same float; scaling it by
@@ -261,10 +232,10 @@ def _decimal_text(value: Decimal) -> str:
 
 def _duration_text(seconds: float) -> str:
     unit = "s" if seconds >= 1 else "ms" if seconds >= 1e-3 else "us"
-    return _decimal_text(_exact(seconds) / _SECONDS[unit]) + unit
+    return _decimal_text(_exact(seconds) / SECONDS[unit]) + unit
 
 
 def _bandwidth_text(bytes_per_s: float) -> str:
     bits_per_s = _exact(bytes_per_s) * 8
-    unit = next((unit for unit, size in _BITS.items() if bits_per_s >= size), "kbit")
-    return _decimal_text(bits_per_s / _BITS[unit]) + unit
+    unit = next((unit for unit, size in BITS.items() if bits_per_s >= size), "kbit")
+    return _decimal_text(bits_per_s / BITS[unit]) + unit
