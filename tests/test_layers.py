@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "algorithms": {"algorithms", "pace", "replica", "errors"},
     "group": {"group", "errors"},
     "runtime": {"runtime", "group", "algorithms.registry", "algorithms.requests", *CORE},
+    "virtual": {"virtual", "group.cost", "algorithms.requests", "errors", "pace", "replica", "stalls", "tally"},
 }
 """By module or package: what it may import of lasgd, each name standing for all that is below it."""
 
@@ -71,7 +72,7 @@ def test_every_rule_of_the_table_is_about_something_that_exists():
         assert (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()
 
 
-@pytest.mark.parametrize("package", ["group", "runtime"])
+@pytest.mark.parametrize("package", ["group", "runtime", "virtual"])
 def test_drivers_know_no_algorithm_by_name(package):
     # attach's default value is an option like any other; no code may depend on it.
     names = set(registry.names())
@@ -91,6 +92,11 @@ def test_importing_lasgd_starts_no_thread_and_imports_nothing_it_may_not_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["compute_models", "step_times"])
+def test_models_of_virtual_time_need_no_torch(name):
+    assert "torch" not in (ROOT / "virtual" / f"{name}.py").read_text()
 
 
 def test_public_names_exist():
