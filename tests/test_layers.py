@@ -94,7 +94,7 @@ def test_importing_lasgd_starts_no_thread_and_imports_nothing_it_may_not_need():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["compute_models", "step_times"])
+@pytest.mark.parametrize("name", ["compute_models", "step_times", "network_models", "schedules", "flows"])
 def test_models_of_virtual_time_need_no_torch(name):
     assert "torch" not in (ROOT / "virtual" / f"{name}.py").read_text()
 
