@@ -38,6 +38,22 @@ class Column(IntEnum):
     SAVED = 9  # number of the newest checkpoint that this rank has on disk
 
 
+def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> tuple[float, ...]:
+    """One rank's word, in the order of `Column`."""
+    return (
+        tally.samples,
+        tally.local_steps,
+        tally.step_s,
+        round_s,
+        parts,
+        weight,
+        is_sick,
+        tally.has_left,
+        tally.wants_stop,
+        tally.saved_checkpoint,
+    )
+
+
 class End(Enum):
     """Why the run ends."""
 
@@ -110,20 +126,8 @@ class Pace:
 
         round_s, parts: how long the latest round's vector took, and how many fragments there were then.
         """
-        row = {
-            Column.SAMPLES: tally.samples,
-            Column.LOCAL_STEPS: tally.local_steps,
-            Column.STEP_S: tally.step_s,
-            Column.ROUND_S: round_s,
-            Column.PARTS: parts,
-            Column.WEIGHT: weight,
-            Column.SICK: is_sick,
-            Column.LEFT: tally.has_left,
-            Column.STOP: tally.wants_stop,
-            Column.SAVED: tally.saved_checkpoint,
-        }
         self._table.fill(0.0)
-        self._table[rank] = [row[column] for column in Column]
+        self._table[rank] = header_row(tally, weight, is_sick, round_s, parts)
         return self._header
 
     def agree(self, outcome: Mean | Failure) -> None:

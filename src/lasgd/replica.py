@@ -189,12 +189,18 @@ class Replica:
             self._is_frozen = True
 
     @torch.no_grad()
-    def adopt(self, fragment: Fragment, outcome: Mean) -> None:
-        """r <- m, to be shown by `show_average`; all elements of all ranks are then equal."""
-        assert self._is_frozen and outcome.values is not None
+    def adopt(self, fragment: Fragment, outcome: Mean | Failure) -> None:
+        """r <- m, to be shown by `show_average`; all elements of all ranks are then equal. A Failure changes nothing.
+
+        For rounds that no local step overlaps: the agreed end, and algorithms that wait.
+        """
+        if isinstance(outcome, Failure) or outcome.values is None:
+            return
         with self.fences.communicating(), self._lock:
             self._windows[fragment.index].residual.copy_(outcome.values)
             self._holding[fragment.index] = Holding.REPLACEMENT
+            self._is_recovering |= fragment.index in self._to_adopt
+            self._to_adopt.discard(fragment.index)
             self.fences.corrected()
             self.fences.wait_copied()
 
@@ -224,12 +230,18 @@ class Replica:
 
     @torch.no_grad()
     def show_average(self) -> None:
-        """x <- the last exact average; after `adopt` of every fragment."""
+        """x <- r, r <- 0, where an exact average has been adopted; then x is that average, bit for bit."""
         with self._lock:
             self.fences.before_merge()
             for window in self._windows:
-                window.show_parts(window.residual_views)
+                if self._holding[window.fragment.index] is Holding.REPLACEMENT:
+                    window.show_parts(window.residual_views)
+                    self._holding[window.fragment.index] = Holding.EMPTY
+            self._arrived.clear()
             self.fences.merged()
+            recovered, self._is_recovering = self._is_recovering, False
+        if recovered:
+            self.on_recovery()
 
     def _show(self, index: int) -> None:
         window, holding = self._windows[index], self._holding[index]
