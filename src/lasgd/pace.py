@@ -74,6 +74,10 @@ class Sickness:
 IDLE_S = 0.05
 """Seconds between rounds while no rank knows yet how long a local step takes."""
 
+LONGEST_PAUSE_S = 30.0
+"""Most seconds between rounds, but for a single local step that is longer: only in a round do ranks hear of a lost
+rank, of a wish to stop, of the end."""
+
 MAX_FRAGMENTS = 20
 """Most fragments that `auto` asks for."""
 
@@ -172,10 +176,24 @@ class Pace:
         # The least, because the rank that joined last waited for nobody: its time is the round's own.
         round_s = float(_known(table[:, Column.ROUND_S]).min(initial=math.inf))
         round_s = 0.0 if round_s == math.inf else round_s
-        self.due_s = max(0.0, self.steps_per_round * step_s - round_s) if step_s else IDLE_S
+        self.due_s = max(0.0, self._pause_s(table, step_s) - round_s) if step_s else IDLE_S
         if self._delay and step_s and round_s:
             parts = int(table[:, Column.PARTS].max())  # the same on all that know it
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
+
+    def _pause_s(self, table: np.ndarray, step_s: float) -> float:
+        """Seconds from one round's begin to the next: `steps_per_round` local steps, or until something is due."""
+        steps, duration_s = table[:, Column.LOCAL_STEPS], table[:, Column.STEP_S]
+        working = (steps > 0) & (duration_s > 0) & (table[:, Column.LEFT] == 0)
+        samples_per_s = (table[working, Column.SAMPLES] / steps[working] / duration_s[working]).sum()
+        until_due_s = (self._next_mark() - self.samples) / samples_per_s if samples_per_s else math.inf
+        return min(self.steps_per_round * step_s, max(step_s, min(LONGEST_PAUSE_S, until_due_s)))
+
+    def _next_mark(self) -> float:
+        """Samples at which the next checkpoint, evaluation or the end is due."""
+        marks = [self.budget]
+        marks += [(self._passed(n) + 1) * self.budget / n for n in (self._checkpoints, self._evaluations) if n]
+        return min(marks)
 
     def _agree_on_marks(self) -> None:
         passed = self._passed(self._checkpoints)

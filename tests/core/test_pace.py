@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lasgd.algorithms.requests import Failure, Mean
-from lasgd.pace import IDLE_S, MAX_FRAGMENTS, Column, Delay, End, Pace, Sickness
+from lasgd.pace import IDLE_S, LONGEST_PAUSE_S, MAX_FRAGMENTS, Column, Delay, End, Pace, Sickness
 from lasgd.tally import Staleness, Tally
 
 
@@ -38,6 +38,21 @@ def test_the_next_round_is_due_after_the_median_ranks_step_not_after_the_straggl
     ranks = paces(4, steps_per_round=2.0)
     agree(ranks, [tally(step_s=s) for s in (0.1, 0.1, 0.2, 9.0)])
     assert {p.due_s for p in ranks} == {0.2}
+
+
+def test_rounds_far_apart_come_sooner_where_a_mark_or_the_end_is_near():
+    ranks = paces(2, samples=1000, steps_per_round=1e6, evaluations=4)
+    agree(ranks, [tally(100, step_s=0.1), tally(50, step_s=0.2)])  # 15 samples a second, the next mark at 250
+    assert ranks[0].due_s == pytest.approx(100 / 15)
+    agree(ranks, [tally(125, step_s=0.1), tally(124, step_s=0.2)])  # one sample short
+    assert ranks[0].due_s == pytest.approx(0.1), "but never oftener than every local step"
+
+
+@pytest.mark.parametrize("step_s, due_s", [(0.1, LONGEST_PAUSE_S), (100.0, 100.0)])
+def test_ranks_hear_of_each_other_after_a_while_whatever_the_pace(step_s, due_s):
+    ranks = paces(2, samples=10**9, steps_per_round=1e6)
+    agree(ranks, [tally(10, step_s=step_s)] * 2)
+    assert ranks[0].due_s == due_s
 
 
 def test_of_two_ranks_the_faster_one_is_the_median():

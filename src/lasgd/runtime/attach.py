@@ -60,7 +60,7 @@ def attach(
     algorithm        "lasgd", or "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
     fragments        parts of the vector, one per round; "auto": as the network's delay asks, 1 to 20 (pace.Delay)
-    steps_per_round  a round at most every so many local steps of the median rank
+    steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
     keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one
     timeout_s        seconds without a finished round after which the silent ranks are reported

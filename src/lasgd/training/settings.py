@@ -38,7 +38,7 @@ class Settings(BaseModel):
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
     steps_per_round: Positive = 1.0
-    """A round at most every so many local steps of the median rank."""
+    """A round at most every so many local steps of the median rank; one every 30 s in any case."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Local ranks to start; under torchrun the environment decides."""
 
