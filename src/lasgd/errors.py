@@ -40,9 +40,9 @@ class ProtocolError(LasgdError):
     """An event that the state table does not allow: a bug in lasgd, please report it."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], error: type[LasgdError] = ConfigurationError) -> LasgdError:
+def unknown(kind: str, name: object, known: Iterable[str], error: type[LasgdError] = ConfigurationError) -> LasgdError:
     """Returns (does not raise) the error for a `name` that is none of `known`, with the nearest known name."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return error(f"{kind} {name!r} is not known. Known: {', '.join(known)}.{hint}")

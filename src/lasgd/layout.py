@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -89,11 +89,11 @@ class Layout:
         parameters, buffers, frozen = _averaged_tensors(model)
         if not parameters:
             raise ConfigurationError("the model has no trainable floating-point parameter; there is nothing to average")
-        tensors = [tensor for _, _, _, tensor in parameters + buffers]
+        _check_separate(parameters + buffers)
         self.device = _one_device(parameters + buffers)
         if self.device.type not in ("cpu", "cuda"):
             raise ConfigurationError(f"the model lies on device {self.device}; lasgd averages models on cpu or cuda")
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        self.dtype = torch.float64 if any(p[3].dtype == torch.float64 for p in parameters) else torch.float32
         self.frozen: tuple[nn.Parameter, ...] = tuple(frozen)
 
         exact = [p for p in parameters if p[3].dtype == self.dtype]
@@ -145,23 +145,24 @@ class Layout:
 
     def state_dict(self, model: nn.Module, vector: Tensor | None) -> dict[str, Tensor]:
         """A copy of the model's state dict, with the averaged tensors' values from `vector`, (D,), where given."""
-        averaged = {id(entry.tensor()): entry for entry in self.entries}
-        copies: dict[int, Tensor] = {}  # tied tensors stay tied
+        averaged = {memory_key(entry.tensor()): entry for entry in self.entries}
+        copies: dict[Hashable, Tensor] = {}  # tied tensors stay tied
         state = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, Tensor):
                 continue
-            if id(tensor) not in copies:
-                copy, entry = tensor.detach().clone(), averaged.get(id(tensor))
+            key = memory_key(tensor)
+            if key not in copies:
+                copy, entry = tensor.detach().clone(), averaged.get(key)
                 if vector is not None and entry is not None:
                     copy.copy_(vector[entry.begin : entry.end].view(tensor.shape))
-                copies[id(tensor)] = copy
-            state[name] = copies[id(tensor)]
+                copies[key] = copy
+            state[name] = copies[key]
         return state
 
     def describe(self) -> list[tuple[str, list[int], str]]:
         """Name, shape and dtype of every averaged tensor, in the vector's order; equal on all ranks or no run."""
-        return [(e.name, list(e.tensor().shape), str(e.tensor().dtype).removeprefix("torch.")) for e in self.entries]
+        return [described(entry.name, entry.tensor()) for entry in self.entries]
 
     def digest(self) -> str:
         """SHA-256 of `describe()`."""
@@ -182,11 +183,13 @@ def _averaged_tensors(model: nn.Module):
     for prefix, owner in model.named_modules():
         where = f"{prefix}." if prefix else ""
         for key, parameter in owner._parameters.items():
-            if parameter is None or id(parameter) in seen:
+            if parameter is None:
                 continue
-            seen.add(id(parameter))
             if is_lazy(parameter):
                 raise ConfigurationError(f"parameter {where + key!r} is lazy; run one forward pass before attach")
+            if memory_key(parameter) in seen:
+                continue
+            seen.add(memory_key(parameter))
             if not parameter.requires_grad:
                 frozen.append(parameter)
             elif not parameter.is_floating_point():
@@ -201,14 +204,53 @@ def _averaged_tensors(model: nn.Module):
             else:
                 parameters.append((where + key, owner, key, parameter))
         for key, buffer in owner._buffers.items():
-            if buffer is None or id(buffer) in seen or key in owner._non_persistent_buffers_set:
+            if buffer is None or key in owner._non_persistent_buffers_set:
                 continue
-            seen.add(id(buffer))
             if is_lazy(buffer):
                 raise ConfigurationError(f"buffer {where + key!r} is lazy; run one forward pass before attach")
+            if memory_key(buffer) in seen:
+                continue
+            seen.add(memory_key(buffer))
             if buffer.is_floating_point() and buffer.numel():
                 buffers.append((where + key, owner, key, buffer))
     return [p for p in parameters if p[3].numel()], buffers, frozen
+
+
+def described(name: str, tensor: Tensor) -> tuple[str, list[int], str]:
+    """A tensor in words that ranks can compare."""
+    return name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+
+def memory_key(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are the same elements, whatever objects hold them: tied ones."""
+    if type(tensor.data) is not Tensor or tensor.data_ptr() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def check_no_element_twice(name: str, tensor: Tensor) -> None:
+    """Raises ConfigurationError for an expanded tensor: one element of memory stands for several of the tensor."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ConfigurationError(
+            f"{name!r} {tuple(tensor.shape)} is expanded: several of its elements are the same memory, and cannot be "
+            "written one by one. Store a copy (.clone()), or register it with persistent=False"
+        )
+
+
+def _check_separate(tensors) -> None:
+    """Refuses averaged tensors of which parts are the same memory: that part would be corrected twice."""
+    end, before = 0, ""
+    for name, _, _, tensor in sorted(tensors, key=lambda entry: entry[3].data_ptr()):
+        check_no_element_twice(name, tensor)
+        begin = tensor.data_ptr()
+        if begin < end:
+            raise ConfigurationError(
+                f"{before!r} and {name!r} share a part of their memory; it would be averaged twice. Tie whole tensors, "
+                "or give each its own"
+            )
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if begin:
+            end, before = begin + (last + 1) * tensor.element_size(), name
 
 
 def _one_device(tensors) -> torch.device:

@@ -59,6 +59,6 @@ def names() -> Iterable[str]:
 
 def rule(name: str) -> MergeRule:
     """A new rule by name. Raises ConfigurationError with the nearest known name."""
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise unknown("merge rule", name, _RULES)
     return _RULES[name]()

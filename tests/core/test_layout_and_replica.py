@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from lasgd.algorithms.requests import Mean
 from lasgd.errors import ConfigurationError
-from lasgd.layout import Layout
+from lasgd.layout import Layout, Section
 from lasgd.replica import Holding, Replica
 from lasgd.tally import Tally
 from scripted_driver import Point, Ranks, towards, vector
@@ -356,3 +356,56 @@ def test_content_digest_does_not_depend_on_strides_but_on_every_bit():
     assert Layout(a).content_digest() != Layout(b).content_digest()
     ranks = Ranks([a, b])
     ranks.step(0, towards(0.0))
+
+
+# Memory that tensors share
+
+
+class Pair(nn.Module):
+    """Two parameters in memory that the test chooses."""
+
+    def __init__(self, first: Tensor, second: Tensor):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
+        self.first.data, self.second.data = first, second
+
+
+def test_parameters_that_are_the_same_memory_are_tied_and_averaged_once():
+    memory = torch.arange(6.0).view(2, 3)
+    model = Pair(memory, memory)
+    layout = Layout(model)
+    assert [(entry.name, entry.begin, entry.end) for entry in layout.entries] == [("first", 0, 6)]
+    state = layout.state_dict(model, torch.full((6,), 7.0))
+    assert torch.equal(state["second"], torch.full((2, 3), 7.0)) and state["second"] is state["first"]
+
+
+def test_parameters_that_lie_side_by_side_in_one_memory_are_two():
+    memory = torch.arange(6.0)
+    assert Layout(Pair(memory[:2], memory[2:])).size == 6
+
+
+@pytest.mark.parametrize("second", [slice(1, 4), slice(0, 2)], ids=["shifted", "shorter"])
+def test_parameters_that_share_a_part_of_their_memory_are_refused(second):
+    memory = torch.arange(6.0)
+    with pytest.raises(ConfigurationError, match=r"'(first|second)' and '(first|second)' share a part"):
+        Layout(Pair(memory[:3], memory[second]))
+
+
+def test_an_expanded_buffer_is_refused_by_name():
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(1).expand(5))
+    with pytest.raises(ConfigurationError, match=r"'scale' \(5,\) is expanded"):
+        Layout(model)
+
+
+def test_a_float64_buffer_does_not_double_the_vector():
+    model = nn.Linear(2, 2)
+    model.register_buffer("seen", torch.tensor(3.0, dtype=torch.float64))
+    layout = Layout(model)
+    assert layout.dtype == torch.float32
+    assert [entry.section for entry in layout.entries] == [Section.EXACT, Section.EXACT, Section.BUFFER]
+    replica = Replica(model, Tally(1))
+    sent = replica.snapshot(replica.next_fragment(1))
+    replica.correct(replica.fragments[0], sent, Mean(sent.values + 1, torch.empty(0)))
+    replica.merge()
+    assert model.seen.dtype == torch.float64 and model.seen.item() == 4.0

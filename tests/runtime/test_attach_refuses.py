@@ -37,13 +37,19 @@ def attach_all(models, **options):
         ("fragments", "many", "got 'many'"),
         ("fragments", 2.0, "got 2.0"),
         ("fragments", True, "got True"),
-        ("steps_per_round", 0, "steps_per_round should be a positive number, got 0"),
+        ("steps_per_round", 0, "steps_per_round should be a number from 1e-09 to 1,000,000, got 0"),
         ("steps_per_round", float("nan"), "got nan"),
+        ("steps_per_round", 1e300, "got 1e\\+300"),
         ("timeout_s", float("inf"), "timeout_s .* got inf"),
+        ("timeout_s", 1e15, "timeout_s should be a number from 0.001 to 2,592,000"),
+        ("start_timeout_s", 1e-6, "start_timeout_s .* got 1e-06"),
         ("evaluations", -1, "evaluations should be a whole number from 0 on, got -1"),
         ("checkpoints", 0.5, "checkpoints .* got 0.5"),
         ("algorithm", "lasdg", "Did you mean 'lasgd'"),
+        ("algorithm", None, "algorithm None is not known"),
         ("merge", "ful", "Did you mean 'full'"),
+        ("merge", ["full"], "merge rule .* is not known"),
+        ("must_match", {("a", 1): 2}, "names of settings as keys"),
     ],
 )
 def test_nonsense_options_are_refused(option, value, words):
@@ -52,10 +58,57 @@ def test_nonsense_options_are_refused(option, value, words):
         alone(model, torch.optim.SGD(model.parameters(), lr=0.1), **{option: value})
 
 
+def with_extra(name, tensor):
+    model = nn.Linear(3, 2, bias=False)
+    if isinstance(tensor, nn.Parameter):
+        model.register_parameter(name, tensor)
+    else:
+        model.register_buffer(name, tensor)
+    return model
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, words",
+    [
+        (
+            nn.Parameter(torch.ones(3), False),
+            nn.Parameter(torch.ones(4), False),
+            r"'x' float32 \(3,\) .*\(4,\) on rank 1",
+        ),
+        (
+            torch.ones(4, dtype=torch.int64),
+            torch.ones(8, dtype=torch.int32),
+            r"'x' int64 \(4,\) on rank 0, 'x' int32 \(8,\)",
+        ),
+        (torch.ones(2, dtype=torch.int64), None, r"'x' int64 \(2,\) on rank 0, nothing more on rank 1"),
+    ],
+    ids=["frozen", "reinterpreted", "missing"],
+)
+def test_what_is_only_broadcast_must_be_alike_too(ours, theirs, words):
+    models = [with_extra("x", ours), nn.Linear(3, 2, bias=False) if theirs is None else with_extra("x", theirs)]
+    for error in attach_all(models):
+        assert isinstance(error, ConfigurationError)
+        with pytest.raises(ConfigurationError, match=words):
+            raise error
+
+
+class Untouched:
+    """A group that nobody may use."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the group was asked for {name}")
+
+
+def test_an_optimizer_that_cannot_work_is_refused_before_any_other_rank_hears_of_it():
+    model = small_model()
+    with pytest.raises(ConfigurationError, match="LBFGS"):
+        lasgd.attach(model, torch.optim.LBFGS(model.parameters()), samples=9, batch_size=1, group=Untouched())
+
+
 @pytest.mark.parametrize(
     "other, words",
     [
-        (lambda: nn.Linear(3, 3), r"rank 0 has 9 averaged elements, rank 2 has 12.* First difference"),
+        (lambda: nn.Linear(3, 3), r"rank 0 has 9 elements, rank 2 has 12.* First difference"),
         (lambda: nn.Linear(1, 6), r"'weight' float32 \(2, 3\) on rank 0, 'weight' float32 \(6, 1\) on rank 2"),
         (lambda: nn.Linear(3, 2).bfloat16(), r"weight' float32 \(2, 3\) on rank 0, 'weight' bfloat16 \(2, 3\)"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), r"'0.weight' float32 \(3, 3\) on rank 2"),
@@ -64,7 +117,7 @@ def test_nonsense_options_are_refused(option, value, words):
 )
 def test_models_that_differ_are_refused_on_all_ranks_with_rank_and_parameter(other, words):
     models = [nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False), other()]
-    if "9 averaged" in words:
+    if "9 elements" in words:
         models[:2] = [nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)]
     before = [vector(m) for m in models]
     for error in attach_all(models):

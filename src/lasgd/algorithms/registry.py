@@ -41,6 +41,6 @@ def names() -> tuple[str, ...]:
 
 def find(name: str) -> Algorithm:
     """Raises ConfigurationError with the nearest known name."""
-    if name not in _ALGORITHMS:
+    if not isinstance(name, str) or name not in _ALGORITHMS:
         raise unknown("algorithm", name, _ALGORITHMS)
     return _ALGORITHMS[name]

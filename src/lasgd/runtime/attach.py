@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,18 @@ from torch.optim import Optimizer
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
 from lasgd.group.base import Group
+from lasgd.layout import Layout, check_no_element_twice, described, memory_key
 from lasgd.merge import rule as merge_rule
 from lasgd.pace import Pace
 from lasgd.replica import Replica
 from lasgd.runtime.averaging import Averaging
+from lasgd.runtime.hooks import check_optimizers
 from lasgd.tally import Tally
 
 _SMALL_BYTES = 2**20
+
+LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
+"""Thirty days: far beyond it the system's clocks overflow."""
 
 
 def attach(
@@ -77,13 +82,19 @@ def attach(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _as_list(optimizer)
     _check_numbers(samples=samples, batch_size=batch_size)
     _check_numbers(least=0, evaluations=evaluations, checkpoints=checkpoints)
-    _check_positive(steps_per_round=steps_per_round, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
+    _check_range(1e-9, 1e6, steps_per_round=steps_per_round)
+    _check_range(1e-3, LONGEST_TIMEOUT_S, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     if fragments != "auto" and (not isinstance(fragments, int) or isinstance(fragments, bool) or fragments < 1):
         raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
     found = registry.find(algorithm)
     tally = Tally(batch_size)
     replica = Replica(model, tally, 1 if fragments == "auto" else fragments, merge_rule(merge))
+    check_optimizers(optimizers)
     _check_parameters(model, optimizers)
+    for name, tensor in unique_state(model).items():
+        check_no_element_twice(name, tensor)
+    if unnamed := [key for key in must_match or {} if not isinstance(key, str)]:
+        raise ConfigurationError(f"must_match takes names of settings as keys, got {unnamed[0]!r}")
 
     if group is None:
         from lasgd.group import c10d
@@ -101,23 +112,22 @@ def attach(
     }
     try:
         wait_equal_settings(group, settings, start_timeout_s)
-        wait_equal_models(group, replica.layout.describe(), start_timeout_s)
+        wait_equal_models(group, replica.layout.describe() + _describe_others(model, replica.layout), start_timeout_s)
         wait_broadcast_model(group, model, start_timeout_s)
+        return Averaging(
+            model,
+            optimizers,
+            found,
+            group,
+            replica,
+            Pace(group.world_size, samples, steps_per_round, fragments, evaluations, checkpoints),
+            keep_mean=keep_mean,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+        )
     except BaseException as error:
         group.leave(f"{type(error).__name__}: {error}")
         raise
-    pace = Pace(group.world_size, samples, steps_per_round, fragments, evaluations, checkpoints)
-    return Averaging(
-        model,
-        optimizers,
-        found,
-        group,
-        replica,
-        pace,
-        keep_mean=keep_mean,
-        timeout_s=timeout_s,
-        start_timeout_s=start_timeout_s,
-    )
 
 
 def wait_equal_settings(group: Group, settings: Mapping[str, Any], timeout_s: float) -> None:
@@ -134,7 +144,7 @@ def wait_equal_settings(group: Group, settings: Mapping[str, Any], timeout_s: fl
 
 
 def wait_equal_models(group: Group, description: list[tuple[str, list[int], str]], timeout_s: float) -> None:
-    """Raises the same ConfigurationError on all ranks if an averaged tensor differs in name, shape or dtype."""
+    """Raises the same ConfigurationError on all ranks if a parameter or buffer differs in name, shape or dtype."""
     models = [json.loads(text) for text in group.wait_exchange("model", _encode(description), timeout_s)]
     first, reference = group.members[0], models[0]
     for rank, model in zip(group.members, models, strict=True):
@@ -143,10 +153,16 @@ def wait_equal_models(group: Group, description: list[tuple[str, list[int], str]
         counts = [sum(_elements(shape) for _, shape, _ in tensors) for tensors in (reference, model)]
         ours, theirs = next(pair for pair in itertools.zip_longest(reference, model) if pair[0] != pair[1])
         raise ConfigurationError(
-            f"ranks disagree on the model: rank {first} has {counts[0]:,} averaged elements, rank {rank} has "
+            f"ranks disagree on the model: rank {first} has {counts[0]:,} elements, rank {rank} has "
             f"{counts[1]:,}. First difference: {_tensor(ours)} on rank {first}, {_tensor(theirs)} on rank {rank}. "
             "All replicas need the same model"
         )
+
+
+def _describe_others(model: nn.Module, layout: Layout) -> list[tuple[str, list[int], str]]:
+    """As `Layout.describe`, of what is broadcast at the start and not averaged: frozen parameters, integer buffers."""
+    averaged = {memory_key(entry.tensor()) for entry in layout.entries}
+    return [described(name, t) for name, t in unique_state(model).items() if memory_key(t) not in averaged]
 
 
 def wait_broadcast_model(group: Group, model: nn.Module, timeout_s: float) -> None:
@@ -185,13 +201,11 @@ def _wait_broadcast_small(group: Group, tensors: list[Tensor], timeout_s: float)
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's live parameters and persistent buffers, tied ones once, under their first name."""
-    seen: set[int] = set()
-    state = {}
+    state: dict[Hashable, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
+        if isinstance(tensor, Tensor):
+            state.setdefault(memory_key(tensor), (name, tensor))
+    return dict(state.values())
 
 
 def _as_list(optimizers: Any) -> list[Optimizer]:
@@ -209,17 +223,15 @@ def _check_numbers(least: int = 1, **numbers: int) -> None:
             raise ConfigurationError(f"{name} should be a whole number from {least} on, got {value!r}")
 
 
-def _check_positive(**numbers: float) -> None:
+def _check_range(least: float, most: float, **numbers: float) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigurationError(f"{name} should be a positive number, got {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+            raise ConfigurationError(f"{name} should be a number from {least:g} to {most:,.0f}, got {value!r}")
 
 
 def _check_parameters(model: nn.Module, optimizers: list[Optimizer]) -> None:
     own = {id(p) for p in model.parameters()}
     for index, optimizer in enumerate(optimizers):
-        if not isinstance(optimizer, Optimizer):
-            continue  # the hooks say what is wrong with it
         strangers = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in own]
         if strangers:
             raise ConfigurationError(

@@ -27,10 +27,7 @@ class OptimizerHooks:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[int], None]):
-        for optimizer in optimizers:
-            _check(optimizer)
-        if len(set(map(id, optimizers))) < len(optimizers):
-            raise ConfigurationError("an optimizer is given twice; its step would count as two step boundaries")
+        check_optimizers(optimizers)
         self._before, self._after = before, after
         self._has_stepped = dict.fromkeys(map(id, optimizers), False)
         self._is_turn_open = False
@@ -124,6 +121,14 @@ class SkippedTurns:
             self._count += bool(self._travelling.popleft()[1].item())
         count, self._count = self._count, 0
         return count
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Raises ConfigurationError for what has no step boundary that hooks could find."""
+    for optimizer in optimizers:
+        _check(optimizer)
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise ConfigurationError("an optimizer is given twice; its step would count as two step boundaries")
 
 
 def _check(optimizer: Optimizer) -> None:
