@@ -42,11 +42,18 @@ class Entry:
     end: int
 
     def tensor(self) -> Tensor:
-        """The live tensor; looked up anew, because others may replace a buffer or a parameter's data."""
+        """The live tensor; looked up anew, because others may replace a buffer or a parameter's data.
+
+        Raises ConfigurationError if it is gone.
+        """
         found = self.owner._parameters.get(self.key)
         if found is None:
-            found = self.owner._buffers[self.key]
-        assert found is not None
+            found = self.owner._buffers.get(self.key)
+        if found is None:
+            raise ConfigurationError(
+                f"{self.name!r} has been renamed or removed since lasgd.attach was called (pruning and other "
+                "reparametrisations do that), and cannot be averaged any more. Attach after changing the model"
+            )
         return found
 
 

@@ -409,3 +409,11 @@ def test_a_float64_buffer_does_not_double_the_vector():
     replica.correct(replica.fragments[0], sent, Mean(sent.values + 1, torch.empty(0)))
     replica.merge()
     assert model.seen.dtype == torch.float64 and model.seen.item() == 4.0
+
+
+def test_a_parameter_that_is_renamed_after_attach_is_named_in_the_error():
+    model = nn.Linear(2, 2)
+    replica = Replica(model, Tally(1))
+    torch.nn.utils.parametrizations.weight_norm(model)
+    with pytest.raises(ConfigurationError, match="'weight' has been renamed or removed"):
+        replica.snapshot(replica.next_fragment(1))

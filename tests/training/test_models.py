@@ -54,7 +54,7 @@ def test_built_in_models_take_images_from_8_to_224_pixels(name, side, channels):
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_logits_start_in_a_sane_range_and_the_second_step_moves_every_parameter(name):
+def test_logits_start_in_a_sane_range_and_every_channel_learns_from_the_second_step_on(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=10, channels=3, norm="group")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -64,7 +64,9 @@ def test_logits_start_in_a_sane_range_and_the_second_step_moves_every_parameter(
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    for parameter in model.parameters():  # channels are rows
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+        assert parameter.grad.flatten(1).any(1).all() if parameter.dim() > 1 else parameter.grad.all()
 
 
 def test_the_same_generator_state_gives_the_same_weights():
@@ -76,8 +78,15 @@ def test_the_same_generator_state_gives_the_same_weights():
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_a_block_starts_as_its_shortcut_which_keeps_the_old_channels_and_adds_zeros(norm):
-    block = build_model("resnet20", num_classes=10, channels=3, norm=norm).blocks[3]
+def test_a_block_of_equal_width_starts_as_its_shortcut(norm):
+    block = build_model("resnet20", num_classes=10, channels=3, norm=norm).blocks[4]
+    x = torch.rand(2, 32, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_a_shortcut_that_widens_keeps_the_old_channels_and_adds_zeros():
+    block = build_model("resnet20", num_classes=10, channels=3, norm="group").blocks[3]
+    nn.init.zeros_(block.change[-1].weight)  # nothing but the shortcut is left
     x = torch.rand(2, 16, 8, 8)
     out = block(x)
     assert torch.equal(out[:, :16], x[:, :, ::2, ::2])

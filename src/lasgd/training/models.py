@@ -86,8 +86,8 @@ class ResNet(nn.Module):
     """The residual network of 6n+2 layers for small images; about 0.27 million parameters for n = 3, 0.85 for n = 9.
 
     Source: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition" (2016), section 4.2. Three
-    stages of n blocks with 16, 32 and 64 channels; shortcuts without parameters (their option A). Every block starts
-    as its shortcut, see `_Block`.
+    stages of n blocks with 16, 32 and 64 channels; shortcuts without parameters (their option A). Most blocks
+    start as their shortcut, see `_Block`.
     """
 
     def __init__(self, n: int, num_classes: int, channels: int, norm: Norm) -> None:
@@ -106,10 +106,12 @@ class ResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions and a shortcut. The last normalisation's scale starts at 0, so the block as its shortcut alone.
+    """Two convolutions and a shortcut. Starts as the shortcut alone where that carries every channel.
 
-    Without that the first local steps at a large learning rate take the network into a plateau, from which it
-    recovers late. Source: P. Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
+    The last normalisation's scale is then 0 at first; without that the first local steps at a large learning rate take
+    the network into a plateau, from which it recovers late. Source: P. Goyal et al., "Accurate, Large Minibatch SGD"
+    (2017), section 5.1. Not where channels are new: shortcut and change would both be 0 there, and the gradient of a
+    ReLU at 0 is 0, so that these channels would never learn.
     """
 
     def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
@@ -119,7 +121,8 @@ class _Block(nn.Module):
         self.change = nn.Sequential(
             _conv3x3(before, width, stride), norm(width), nn.ReLU(inplace=True), _conv3x3(width, width), norm(width)
         )
-        nn.init.zeros_(self.change[-1].get_parameter("weight"))
+        if not self.new_channels:
+            nn.init.zeros_(self.change[-1].get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         kept = x
