@@ -104,6 +104,7 @@ class Replica:
         self._to_adopt: set[int] = set()  # fragments that a rank with NaN or Inf has yet to take from the others
         self._is_recovering = False
         self._is_frozen = False
+        self._sent_step = 0  # local steps at the latest snapshot: there is one round at a time
         self._cut(fragments)
         self.fences.merged()  # the communicator's first reading comes after all that has been set up here
 
@@ -137,8 +138,7 @@ class Replica:
                         window.sent_buffers.copy_(window.residual_buffers)
                     else:
                         window.copy_parts(window.sent_views, buffers)
-                if holding is not Holding.CORRECTION:
-                    self._snapshot_step[fragment.index] = self.tally.local_steps
+                self._sent_step = self.tally.local_steps
             if holding is Holding.EMPTY:
                 window.copy_parts(window.sent_views)
             if not self._to_adopt and not self._is_finite(window.sent):
@@ -161,6 +161,8 @@ class Replica:
             mean = self._on_device(outcome.values)
             with self._lock:
                 self.fences.before_reading()
+                if self._holding[index] not in _UNSEEN:
+                    self._snapshot_step[index] = self._sent_step
                 if sent.weight == 0:
                     window.residual.copy_(mean)
                     self._holding[index] = Holding.REPLACEMENT

@@ -239,6 +239,19 @@ def test_staleness_counts_local_steps_from_the_snapshot_to_the_merge():
     assert (ranks.tallies[0].staleness.merges, ranks.tallies[0].staleness.max_steps) == (2, 4)
 
 
+def test_staleness_does_not_grow_where_each_round_begins_before_the_last_mean_is_shown():
+    # 1. m arrives within a local step;  2. the next snapshot is taken at once;  3. the boundary shows m;  and again
+    ranks = Ranks([Point([0.0]), Point([2.0])])
+    ranks.begin_round()
+    for _ in range(20):
+        ranks.step(0)
+        ranks.deliver()
+        ranks.begin_round()
+    ranks.step(0)
+    staleness = ranks.tallies[0].staleness
+    assert (staleness.merges, staleness.mean_steps, staleness.max_steps) == (20, 2.0, 2)
+
+
 def test_a_cut_anew_counts_no_staleness_for_what_has_been_shown_already():
     ranks = Ranks([Point([0.0] * 8), Point([2.0] * 8)], fragments=4)
     for _ in range(8):
