@@ -162,6 +162,23 @@ def test_resuming_otherwise_or_from_nothing_is_refused(launched, capsys, tmp_pat
     assert launched.calls == []
 
 
+def test_a_finished_run_is_not_resumed_and_stays_as_it_is(launched, capsys, tmp_path):
+    run = started_run(tmp_path / "run", Settings(ranks=3))
+    record = RunRecord(
+        status="finished", algorithm="lasgd", condition="fast", settings={}, environment={}, world_size=3, samples=77
+    )
+    write_run(run, record)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for options in ((), ("--out", "elsewhere")):
+        said = refused(capsys, "--resume", "run", *options)
+        assert "the run in run is finished" in said
+        assert "Its model is run/model.safetensors" in said
+        assert "start a new run" in said
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert not (tmp_path / "elsewhere").exists()
+    assert launched.calls == []
+
+
 def test_a_start_that_failed_does_not_block_the_next_attempt(launched, capsys, tmp_path):
     started_run(tmp_path / "run", Settings())
     assert "run is not empty" in refused(capsys, "--out", "run")

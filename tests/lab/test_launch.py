@@ -356,14 +356,23 @@ def test_a_failure_leaves_what_rank_0_wrote_in_run_json_and_adds_the_cause(fakes
     assert "ValueError: boom" in (run.error or "")
 
 
-def test_a_failed_resumption_does_not_keep_the_earlier_runs_figures(fakes):
+@pytest.mark.parametrize("status", ["finished", "interrupted", "failed"])
+def test_a_resumption_that_fails_takes_nothing_away_from_what_was_reached(fakes, status):
     fakes.behave(rank_1="raise", other="wait")
     fakes.out.mkdir()
-    earlier = {"status": "finished", "algorithm": "lasgd", "condition": "fast", "settings": {}, "environment": {}}
-    (fakes.out / "run.json").write_text(json.dumps(earlier | {"world_size": 2, "samples": 77}))
+    earlier = {"status": status, "algorithm": "lasgd", "condition": "fast", "settings": {}, "environment": {}}
+    earlier |= {"world_size": 2, "samples": 77, "final": {"top1": 0.9, "top5": 1.0, "loss": 0.3}}
+    (fakes.out / "run.json").write_text(json.dumps(earlier))
+    before = read_run(fakes.out)
     with pytest.raises(LasgdError):
         fakes.launch(2)
-    assert (read_run(fakes.out).status, read_run(fakes.out).samples) == ("failed", 0)
+    run = read_run(fakes.out)
+    assert (run.samples, run.final) == (77, before.final)
+    if status == "finished":
+        assert run == before
+    else:
+        assert run.status == "failed"
+        assert "ValueError: boom" in (run.error or "")
 
 
 def fake_network(why_not: str | None) -> types.ModuleType:

@@ -25,6 +25,7 @@ from lasgd.training.run_folder import (
     replacing,
     write_json_atomically,
     write_run,
+    write_unfinished,
 )
 
 
@@ -163,6 +164,29 @@ def test_reading_what_is_no_run_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{}\n{"wall')
     with pytest.raises(ConfigurationError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def unfinished(out, error: str) -> RunRecord:
+    settings = {"algorithm": "lasgd", "condition": "fast", "lr": 0.2}
+    write_unfinished(out, settings, 1, "none", "failed", error)
+    return read_run(out)
+
+
+def test_an_attempt_that_fails_tells_why_and_keeps_what_the_earlier_one_had_reached(tmp_path):
+    assert unfinished(tmp_path, "no GPU").samples == 0
+    reached = record(status="interrupted", error=None)
+    write_run(tmp_path, reached)
+    after = unfinished(tmp_path, "rank 1 was killed")
+    assert (after.status, after.error, after.settings["lr"]) == ("failed", "rank 1 was killed", 0.2)
+    for name in ("samples", "wall_s", "final", "ranks", "health", "skipped_images", "fragments", "replicas_identical"):
+        assert getattr(after, name) == getattr(reached, name)
+    (tmp_path / "run.json").write_text("half a fi")
+    assert unfinished(tmp_path, "again").samples == 0
+
+
+def test_the_record_of_a_finished_run_stays_as_it_is(tmp_path):
+    write_run(tmp_path, record())
+    assert unfinished(tmp_path, "rank 1 was killed") == record()
 
 
 def test_the_environment_names_versions_but_neither_host_nor_paths():

@@ -21,6 +21,7 @@ from lasgd.training.run_folder import (
     LinkEmulation,
     has_checkpoint,
     holds_nothing_to_lose,
+    is_finished,
     write_json_atomically,
     write_unfinished,
 )
@@ -140,6 +141,11 @@ def check_data_and_model(settings: Settings) -> None:
 
 def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
     """Creates the run folder. Raises ConfigurationError where `out` holds something that this run would write over."""
+    if resume is not None and is_finished(resume):
+        raise ConfigurationError(
+            f"--resume: the run in {resume} is finished, there is nothing to continue. Its model is "
+            f"{resume / 'model.safetensors'}. To train longer, start a new run with a larger --samples or --epochs."
+        )
     if resume is not None and not has_checkpoint(resume, world_size):
         raise ConfigurationError(
             f"--resume: {resume} holds no checkpoint of all {world_size} {_ranks(world_size)} to continue from. "

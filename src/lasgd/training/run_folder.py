@@ -113,6 +113,12 @@ class RunRecord(_Record):
     """Samples at which this run took over from a checkpoint."""
 
 
+_REACHED = frozenset(RunRecord.model_fields) - {
+    *("status", "error", "algorithm", "condition", "settings", "environment", "world_size", "link_emulation")
+}
+"""The fields that say how far a run has come, and not how it was meant or how it ended."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, that file takes the place of `path`.
@@ -177,7 +183,13 @@ def write_unfinished(
     status: Literal["failed", "interrupted"],
     error: str,
 ) -> None:
-    """Writes the run.json of a run that did not come to its results. Raises LasgdError."""
+    """Writes the run.json of an attempt that did not come to its results. Raises LasgdError.
+
+    What an earlier attempt had reached stays in it, and that of a finished run stays as it is: an attempt to resume
+    that fails takes nothing away.
+    """
+    if is_finished(out):
+        return
     record = RunRecord(
         status=status,
         algorithm=settings["algorithm"],
@@ -188,7 +200,18 @@ def write_unfinished(
         link_emulation=link_emulation,
         error=error,
     )
+    with contextlib.suppress(ConfigurationError):  # no earlier attempt, or one that nobody can read
+        earlier = read_run(out)
+        record = record.model_copy(update={name: getattr(earlier, name) for name in _REACHED})
     write_run(out, record)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the folder holds a run that has come to its end."""
+    try:
+        return read_run(out).status == "finished"
+    except ConfigurationError:
+        return False
 
 
 def read_run(out: Path) -> RunRecord:
