@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lasgd.errors import DataError, LasgdError, PeerError
+from lasgd.errors import ConfigurationError, DataError, LasgdError, PeerError
 from lasgd.lab import network
 from lasgd.lab.launch import launch
 from lasgd.training.run_folder import read_run
@@ -26,7 +26,7 @@ FAKE = ("-m", "lasgd.lab.rank_process", "fake_rank")
 FAKE_RANK = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
-from lasgd.errors import DataError, PeerError
+from lasgd.errors import ConfigurationError, DataError, PeerError
 
 rank, lines = os.environ["RANK"], []
 
@@ -57,6 +57,8 @@ if behaviour == "raise":
     raise ValueError("boom")
 if behaviour == "raise ours":
     raise DataError("a folder is missing.")
+if behaviour == "refuse":
+    raise ConfigurationError("the checkpoint cannot be read")
 if behaviour == "blame":
     raise PeerError("somebody is silent")
 if behaviour == "raise after the blame":
@@ -236,14 +238,26 @@ def test_an_exit_code_without_a_reason_points_to_the_log(fakes):
     assert "some last words" in (fakes.out / "logs" / "rank-1.log").read_text()
 
 
-def test_a_failed_run_with_a_checkpoint_says_how_to_go_on(fakes):
-    cut = fakes.out / "checkpoints" / "000001"
+def make_cut(out: Path, world_size: int) -> None:
+    cut = out / "checkpoints" / "000001"
     cut.mkdir(parents=True)
-    for rank in range(2):
+    for rank in range(world_size):
         (cut / f"rank-{rank}.pt").touch()
+
+
+def test_a_failed_run_with_a_checkpoint_says_how_to_go_on(fakes):
+    make_cut(fakes.out, 2)
     fakes.behave(rank_1="raise", other="wait")
     with pytest.raises(LasgdError, match=r"go on with: lasgd train --resume .*out$"):
         fakes.launch(2)
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_not_what_to_go_on_with(fakes):
+    make_cut(fakes.out, 2)
+    fakes.behave(rank_1="refuse", other="wait")
+    with pytest.raises(ConfigurationError, match="cannot be read") as caught:
+        launch(Settings(), fakes.out, fakes.out, 2, command=FAKE)
+    assert "go on with" not in str(caught.value)
 
 
 def test_the_workers_of_a_killed_rank_are_killed_too(fakes):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lasgd.errors import ConfigurationError, LasgdError
-from lasgd.training.checkpoint import Checkpoints, check_same_run, copied, newest_common
+from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts, copied
 from lasgd.training.run_folder import has_checkpoint, holds_nothing_to_lose
 
 STATE = {"model": {"weight": torch.arange(100_000.0)}}
@@ -66,15 +66,38 @@ def test_a_disk_that_refuses_at_the_last_moment_leaves_no_half_file(tmp_path, mo
     assert checkpoints.read(1)["number"] == 1
 
 
-def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=2)
+    checkpoints.part(3).parent.mkdir(parents=True)
+    torch.save({"version": 99}, checkpoints.part(3))
+    with pytest.raises(ConfigurationError, match="no checkpoint of this version"):
+        checkpoints.read(3)
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:1000],
+        lambda content: content[:-1],
+        lambda content: b"",
+        lambda content: b"(dp0",
+        lambda content: b"no checkpoint at all\n",
+        lambda content: b"cposix\nsystem\n.",
+        lambda content: flipped(content, 200),  # in the pickle
+        lambda content: flipped(content, 200_000),  # in the weights, where torch.load sees nothing
+        lambda content: flipped(content, 0),
+    ],
+)
+def test_whatever_is_in_a_damaged_checkpoint_the_error_names_the_file(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path, rank=2)
     checkpoints.write(3, STATE)
     path = checkpoints.part(3)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigurationError, match=r"rank 2: the checkpoint .*rank-2\.pt cannot be read.*000003"):
-        checkpoints.read(3)
-    torch.save({"version": 99}, path)
-    with pytest.raises(ConfigurationError, match="no checkpoint of this version"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigurationError, match=r"rank 2: the checkpoint .*000003/rank-2\.pt cannot be read: "):
         checkpoints.read(3)
 
 
@@ -108,10 +131,10 @@ def test_old_new_and_unfinished_parts_of_one_rank_are_removed_and_the_others_sta
     assert [path.exists() for path in unfinished] == [False, True]
 
 
-def test_a_run_goes_on_from_the_newest_cut_that_all_ranks_have(tmp_path):
-    assert newest_common([[1, 2, 3], [2, 3, 4], [1, 2]], tmp_path) == 2
+def test_the_cuts_that_all_ranks_have_come_newest_first(tmp_path):
+    assert common_cuts([[1, 2, 3], [1, 2, 3, 4], [1, 2]], tmp_path) == [2, 1]
     with pytest.raises(ConfigurationError, match=r"rank 0: \[1\]; rank 1: none"):
-        newest_common([[1], []], tmp_path)
+        common_cuts([[1], []], tmp_path)
 
 
 def test_only_a_cut_of_all_ranks_counts_as_a_checkpoint(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 import lasgd.errors
-from lasgd.errors import LasgdError
+from lasgd.errors import ConfigurationError, LasgdError
 from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.lab.supervisor import Ended, Outcome, RankCommand, Supervisor
 from lasgd.training.run_folder import (
@@ -119,7 +119,8 @@ def launch(
     reason = None if outcome.cause is None else _reason(outcome.cause, world_size)
     _complete_record(out, settings, world_size, emulation, outcome, reason, earlier_run)
     if reason is not None and outcome.cause is not None:
-        raise _with_hints(reason, out, outcome.cause.rank, world_size)
+        may_go_on = resume is None or type(reason) is not ConfigurationError  # then it is the resuming that cannot work
+        raise _with_hints(reason, out, outcome.cause.rank, may_go_on and has_checkpoint(out, world_size))
     return INTERRUPTED if outcome.interrupted or _any_interrupted(outcome) else 0
 
 
@@ -208,13 +209,13 @@ def _reason(end: Ended, world_size: int) -> LasgdError:
     return LasgdError(f"{who} exited with code {end.code} and gave no reason; the other ranks were ended.")
 
 
-def _with_hints(reason: LasgdError, out: Path, rank: int, world_size: int) -> LasgdError:
+def _with_hints(reason: LasgdError, out: Path, rank: int, may_go_on: bool) -> LasgdError:
     """The same error, with where to look and how to go on."""
     lines = [str(reason)]
     log = _log(out, rank)
     if log.exists() and log.stat().st_size:
         lines.append(f"See {log}")
-    if has_checkpoint(out, world_size):
+    if may_go_on:
         lines.append(f"The newest checkpoint is kept; go on with: lasgd train --resume {out}")
     return type(reason)("\n".join(lines))
 

@@ -93,6 +93,8 @@ class _Run:
         if resume is not None:
             self.before = wait_resumed(resume, out, settings, self.averaging, self.model, self.optimizer)
             if self.rank == 0:
+                for skipped in self.before.skipped:
+                    self.notes.add(skipped)
                 self.means.remove(above_samples=self.averaging.pace.samples)
         self.writer = BackgroundWriter(self.notes.add)
         self.timeline = Timeline(self.rank)

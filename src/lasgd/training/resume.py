@@ -1,8 +1,9 @@
-"""Going on from the newest checkpoint of which every rank has its part."""
+"""Going on from the newest checkpoint that every rank can use."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lasgd.errors import ConfigurationError
+from lasgd.group.base import Group
 from lasgd.runtime.averaging import Averaging
-from lasgd.training.checkpoint import Checkpoints, check_same_run, newest_common
+from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts
 from lasgd.training.settings import Settings
 
 
@@ -25,6 +28,20 @@ class Progress:
     """Of the run so far."""
     samples: int | None = None
     """Of all ranks; None: a new run."""
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that could not be used, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A checkpoint that all ranks have agreed to go on from."""
+
+    number: int
+    state: dict[str, Any]
+    """This rank's part."""
+    agreed: dict[str, Any]
+    """What in it must be the same on all ranks."""
+    skipped: tuple[str, ...]
 
 
 def wait_resumed(
@@ -37,35 +54,60 @@ def wait_resumed(
 ) -> Progress:
     """Gives model, optimizer, averaging and torch's generator the state of the run in `folder`; on all ranks.
 
-    Each rank goes on from its own part. If the run goes on in the same folder, `out`, parts of newer cuts, which other
-    ranks lack, are removed. Raises ConfigurationError where no cut is complete, or the run was another one.
+    Each rank goes on from its own part. If the run goes on in the same folder, `out`, parts of newer cuts, which some
+    rank lacks or cannot read, are removed. Raises ConfigurationError where no cut is complete and readable, or the run
+    was another one.
     """
     stored, group = Checkpoints(folder, averaging.rank), averaging.group
     texts = group.wait_exchange("checkpoints", json.dumps(stored.numbers()).encode(), settings.start_timeout_s)
-    number = newest_common([json.loads(text) for text in texts], stored.folder)
-    state = stored.read(number)
-    check_same_run(state, settings.model_dump(mode="json"), averaging.world_size, stored.folder)
-    texts = group.wait_exchange("progress", json.dumps(_progress(state)).encode(), settings.start_timeout_s)
-    agreed = _agreed([json.loads(text) for text in texts])
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    averaging.load_state_dict(state["averaging"] | agreed)
-    torch.set_rng_state(state["torch_rng"])
+    numbers = common_cuts([json.loads(text) for text in texts], stored.folder)
+    cut = wait_usable_cut(stored, numbers, group, settings.start_timeout_s)
+    check_same_run(cut.state, settings.model_dump(mode="json"), averaging.world_size, stored.folder)
+    model.load_state_dict(cut.state["model"])
+    optimizer.load_state_dict(cut.state["optimizer"])
+    averaging.load_state_dict(cut.state["averaging"] | cut.agreed)
+    torch.set_rng_state(cut.state["torch_rng"])
     if out.samefile(folder):
-        stored.remove_after(number)
+        stored.remove_after(cut.number)
         stored.remove_unfinished()
-    return Progress(state["position"], state["wall_s"], averaging.pace.samples)
+    return Progress(cut.state["position"], cut.state["wall_s"], averaging.pace.samples, cut.skipped)
 
 
-def _progress(state: dict[str, Any]) -> dict[str, Any]:
+def wait_usable_cut(stored: Checkpoints, numbers: Sequence[int], group: Group, timeout_s: float) -> Cut:
+    """The first of the cuts `numbers` that every rank can read; on all ranks, with the same numbers.
+
+    The ranks look at one cut after the other together, so that they go on from the same one. Raises ConfigurationError,
+    the same on all ranks, where there is none.
+    """
+    skipped: list[str] = []
+    for number in numbers:
+        state, word = _own_part(stored, number)
+        texts = group.wait_exchange(f"checkpoint/{number}", json.dumps(word).encode(), timeout_s)
+        words = [json.loads(text) for text in texts]
+        troubles = [word["trouble"] for word in words if word["trouble"] is not None]
+        if not troubles:
+            return Cut(number, state, _agreed(number, words), tuple(skipped))
+        skipped.append(f"checkpoint {number} was skipped: {'; '.join(troubles)}")
+    raise ConfigurationError(
+        f"no checkpoint in {stored.folder} can be used by every rank: {'. '.join(skipped)}. Start a new run"
+    )
+
+
+def _own_part(stored: Checkpoints, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """This rank's part of a cut, and what the other ranks must know of it."""
+    try:
+        state = stored.read(number)
+    except ConfigurationError as error:
+        return {}, {"trouble": str(error)}
     averaging = state["averaging"]
-    return {key: averaging[key] for key in ("samples", "round", "evaluation")}
+    return state, {"trouble": None} | {key: averaging[key] for key in ("samples", "round", "evaluation")}
 
 
-def _agreed(progress: list[dict[str, Any]]) -> dict[str, Any]:
+def _agreed(number: int, words: list[dict[str, Any]]) -> dict[str, Any]:
     """What the ranks agree on: a slow rank took its part of the cut some rounds later than the others."""
     return {
-        "agreed_samples": sum(rank["samples"] for rank in progress),
-        "round": max(rank["round"] for rank in progress),
-        "evaluation": max(rank["evaluation"] for rank in progress),
+        "agreed_samples": sum(word["samples"] for word in words),
+        "round": max(word["round"] for word in words),
+        "checkpoint": number,
+        "evaluation": max(word["evaluation"] for word in words),
     }
