@@ -35,7 +35,7 @@ class Column(IntEnum):
     SICK = 6  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
     LEFT = 7  # 1: this rank takes no more local steps
     STOP = 8  # 1: this rank asks for an early end
-    SAVED = 9  # number of the newest checkpoint that this rank has on disk
+    SAVED = 9  # number of the newest checkpoint that this rank has on disk, free of NaN and Inf
 
 
 def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> tuple[float, ...]:
@@ -107,7 +107,7 @@ class Pace:
         self.checkpoint = 0
         """Number of the newest checkpoint that is to be cut; 0: none yet."""
         self.durable_checkpoint = 0
-        """Number of the newest checkpoint that every rank has on disk."""
+        """Every rank has this checkpoint or a newer one on disk, free of NaN and Inf."""
         self.evaluation = 0
         """Number of the newest evaluation that is due; 0: none yet."""
         self.sicknesses: list[Sickness] = []

@@ -43,7 +43,7 @@ class Tally:
     wants_stop: bool = False
     """The rank asks all ranks to end early (Ctrl-C)."""
     saved_checkpoint: int = 0
-    """Number of the newest checkpoint that this rank has on disk."""
+    """Number of the newest checkpoint that this rank has on disk, free of NaN and Inf."""
 
     boundary_s: float = 0.0
     """time.monotonic() of the latest step boundary, or of the start."""

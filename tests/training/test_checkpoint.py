@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lasgd.errors import ConfigurationError, LasgdError
-from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts, copied
+from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts, copied, is_healthy
 from lasgd.training.run_folder import has_checkpoint, holds_nothing_to_lose
 
 STATE = {"model": {"weight": torch.arange(100_000.0)}}
@@ -165,3 +165,14 @@ def test_training_may_go_on_while_the_copy_is_written():
     assert state["a"][0].tolist() == state["a"][1][0].tolist() == [0.0, 0.0, 0.0]
     assert state["a"][1][1] == 1
     assert state["b"] is None
+
+
+def test_a_part_is_healthy_where_all_that_training_goes_on_with_is_finite():
+    momentum = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    state = {"model": {"w": torch.ones(2), "n": torch.tensor(3)}, "optimizer": momentum, "averaging": {}}
+    assert is_healthy(state)
+    assert not is_healthy(state | {"is_sitting_out": True})
+    assert not is_healthy(state | {"model": {"w": torch.tensor([1.0, torch.nan])}})
+    assert not is_healthy(state | {"averaging": {"residual": torch.tensor(torch.inf, dtype=torch.bfloat16)}})
+    momentum["state"][0]["momentum_buffer"][1] = -torch.inf
+    assert not is_healthy(state)

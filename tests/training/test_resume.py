@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from lasgd.errors import ConfigurationError
 from lasgd.group.scripted import Network
@@ -15,9 +16,9 @@ from lasgd.training.resume import Cut, wait_usable_cut
 WORLD_SIZE = 2
 
 
-def write_part(out: Path, number: int, rank: int) -> None:
+def write_part(out: Path, number: int, rank: int, weight: float = 1.0, **more: bool) -> None:
     averaging = {"samples": 100 * number + rank, "round": 10 * number + rank, "evaluation": number, "checkpoint": 99}
-    Checkpoints(out, rank).write(number, {"averaging": averaging})
+    Checkpoints(out, rank).write(number, {"model": {"w": torch.tensor([weight, 1.0])}, "averaging": averaging} | more)
 
 
 @pytest.fixture
@@ -73,3 +74,34 @@ def test_where_none_can_be_read_every_rank_says_which_and_why(out):
     assert "can be used by every rank" in said
     assert said.count("rank-1.pt cannot be read: truncated") == 3
     assert said.endswith("Start a new run")
+
+
+def test_one_in_which_a_rank_held_nan_or_sat_out_is_skipped_by_all(out):
+    write_part(out, 3, rank=0, weight=torch.nan)
+    write_part(out, 2, rank=1, is_sitting_out=True)
+    cuts = chosen(out)
+    assert [cut.number for cut in cuts] == [1, 1]
+    assert cuts[0].skipped == (
+        "checkpoint 3 was skipped: rank 0 held NaN or Inf",
+        "checkpoint 2 was skipped: rank 1 held NaN or Inf",
+    )
+
+
+def test_where_a_rank_was_sick_in_all_the_newest_with_a_healthy_rank_is_taken(out):
+    for number in (1, 2, 3):
+        write_part(out, number, rank=0, weight=torch.inf)
+    write_part(out, 3, rank=1, weight=torch.nan)
+    cuts = chosen(out)
+    assert [cut.number for cut in cuts] == [2, 2]
+    assert cuts[0].skipped == (
+        "checkpoint 3 was skipped: rank 0 held NaN or Inf; rank 1 held NaN or Inf",
+        "checkpoint 2 was the best to go on from, although rank 0 held NaN or Inf",
+    )
+
+
+def test_where_all_ranks_were_sick_in_all_there_is_nothing_to_go_on_from(out):
+    for number in (1, 2, 3):
+        for rank in range(WORLD_SIZE):
+            write_part(out, number, rank, weight=torch.nan)
+    with pytest.raises(ConfigurationError, match=r"no checkpoint in .* can be used by every rank: .*Start a new run"):
+        chosen(out)

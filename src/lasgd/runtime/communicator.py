@@ -160,7 +160,8 @@ class Communicator(threading.Thread):
         if self._pace.end is End.DIVERGED:
             raise DivergenceError(
                 f"{self._where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
-                "Lower the learning rate, lengthen the warm-up or clip gradients; the latest checkpoint is older"
+                "Lower the learning rate, lengthen the warm-up or clip gradients; a checkpoint is of use only if it "
+                "was cut before that"
             )
 
     def _fail(self, error: LasgdError) -> None:

@@ -4,7 +4,7 @@
 
 Every rank writes its own part, because replicas, optimizer states and positions differ. A cut is agreed on: the
 parts of one number were taken at each rank's first step boundary after the same round. Older cuts are removed only when
-all ranks have said, in the header, that they have the newer one on disk.
+all ranks have said, in the header, that they have the newer one on disk and it is healthy.
 """
 
 from __future__ import annotations
@@ -138,6 +138,27 @@ def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], world_size
                 f"the checkpoint in {folder} is of a run with {name}={before.get(name)!r}, this one has "
                 f"{name}={now.get(name)!r}. Resume with the settings it had"
             )
+
+
+def is_healthy(state: Mapping[str, Any]) -> bool:
+    """Whether a rank can go on from its part without the others' help: all of it is finite, and it did not sit out.
+
+    Reads every tensor, so it is no work for the training thread.
+    """
+    return not state.get("is_sitting_out") and all(_is_finite(state.get(key)) for key in _TRAINED)
+
+
+_TRAINED = ("model", "optimizer", "averaging")
+
+
+def _is_finite(state: Any) -> bool:
+    if isinstance(state, torch.Tensor):
+        return not (state.is_floating_point() or state.is_complex()) or bool(torch.isfinite(state).all())
+    if isinstance(state, Mapping):
+        return all(_is_finite(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return all(_is_finite(value) for value in state)
+    return True
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from lasgd.lab.padding import StepPadding
 from lasgd.runtime.averaging import Averaging
 from lasgd.training import schedule
-from lasgd.training.checkpoint import Checkpoints, copied
+from lasgd.training.checkpoint import Checkpoints, copied, is_healthy
 from lasgd.training.data import Batch
 from lasgd.training.display import Snapshot
 from lasgd.training.settings import Settings
@@ -131,6 +131,7 @@ class Trainer:
             "model": copied(self._model.state_dict()),
             "optimizer": copied(self._optimizer.state_dict()),
             "averaging": self._averaging.state_dict(),
+            "is_sitting_out": self._averaging.replica.is_sitting_out,
             "torch_rng": torch.get_rng_state(),
         }
         durable = self._averaging.pace.durable_checkpoint
@@ -139,7 +140,8 @@ class Trainer:
 
     def _write(self, number: int, state: dict[str, Any], durable: int) -> None:
         self._checkpoints.write(number, state)
-        self._saved = number
+        if is_healthy(state):  # else the older ones, of which one may be, must stay
+            self._saved = number
         self._checkpoints.remove_before(durable)
 
     def _wall_s(self) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from lasgd.errors import ConfigurationError
 from lasgd.group.base import Group
 from lasgd.runtime.averaging import Averaging
-from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts
+from lasgd.training.checkpoint import Checkpoints, check_same_run, common_cuts, is_healthy
 from lasgd.training.settings import Settings
 
 
@@ -55,8 +55,8 @@ def wait_resumed(
     """Gives model, optimizer, averaging and torch's generator the state of the run in `folder`; on all ranks.
 
     Each rank goes on from its own part. If the run goes on in the same folder, `out`, parts of newer cuts, which some
-    rank lacks or cannot read, are removed. Raises ConfigurationError where no cut is complete and readable, or the run
-    was another one.
+    rank lacks, cannot read or was sick in, are removed. Raises ConfigurationError where no cut is complete and usable,
+    or the run was another one.
     """
     stored, group = Checkpoints(folder, averaging.rank), averaging.group
     texts = group.wait_exchange("checkpoints", json.dumps(stored.numbers()).encode(), settings.start_timeout_s)
@@ -74,20 +74,27 @@ def wait_resumed(
 
 
 def wait_usable_cut(stored: Checkpoints, numbers: Sequence[int], group: Group, timeout_s: float) -> Cut:
-    """The first of the cuts `numbers` that every rank can read; on all ranks, with the same numbers.
+    """The first of the cuts `numbers` that every rank can read and in which all were healthy; on all ranks alike.
 
-    The ranks look at one cut after the other together, so that they go on from the same one. Raises ConfigurationError,
-    the same on all ranks, where there is none.
+    Where all were healthy in none, the first that all can read and in which one was: the others take its mean. The
+    ranks look at one cut after the other together, so that they go on from the same one. Raises ConfigurationError, the
+    same on all ranks, where there is none.
     """
     skipped: list[str] = []
+    second_best: Cut | None = None
     for number in numbers:
         state, word = _own_part(stored, number)
         texts = group.wait_exchange(f"checkpoint/{number}", json.dumps(word).encode(), timeout_s)
         words = [json.loads(text) for text in texts]
-        troubles = [word["trouble"] for word in words if word["trouble"] is not None]
+        troubles = "; ".join(word["trouble"] for word in words if word["trouble"])
         if not troubles:
             return Cut(number, state, _agreed(number, words), tuple(skipped))
-        skipped.append(f"checkpoint {number} was skipped: {'; '.join(troubles)}")
+        if second_best is None and all(map(_is_readable, words)) and not all(word["trouble"] for word in words):
+            note = f"checkpoint {number} was the best to go on from, although {troubles}"
+            second_best = Cut(number, state, _agreed(number, words), (*skipped, note))
+        skipped.append(f"checkpoint {number} was skipped: {troubles}")
+    if second_best is not None:
+        return second_best
     raise ConfigurationError(
         f"no checkpoint in {stored.folder} can be used by every rank: {'. '.join(skipped)}. Start a new run"
     )
@@ -100,7 +107,12 @@ def _own_part(stored: Checkpoints, number: int) -> tuple[dict[str, Any], dict[st
     except ConfigurationError as error:
         return {}, {"trouble": str(error)}
     averaging = state["averaging"]
-    return state, {"trouble": None} | {key: averaging[key] for key in ("samples", "round", "evaluation")}
+    word = {key: averaging[key] for key in ("samples", "round", "evaluation")}
+    return state, word | {"trouble": "" if is_healthy(state) else f"rank {stored.rank} held NaN or Inf"}
+
+
+def _is_readable(word: dict[str, Any]) -> bool:
+    return "samples" in word
 
 
 def _agreed(number: int, words: list[dict[str, Any]]) -> dict[str, Any]:
