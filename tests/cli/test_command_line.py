@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import lasgd
+import lasgd.cli.train
 import lasgd.lab.launch
 import lasgd.training
 from lasgd.cli.app import main
@@ -27,9 +30,11 @@ class Launched:
         self.calls: list[tuple] = []
         self.raises: BaseException | None = None
         self.returns = 0
+        self.sigint: object = None
 
     def __call__(self, settings, out, resume, world_size) -> int:
         self.calls.append((settings, out, resume, world_size))
+        self.sigint = signal.getsignal(signal.SIGINT)
         if self.raises is not None:
             raise self.raises
         return self.returns
@@ -295,3 +300,52 @@ def test_closed_standard_streams_do_no_harm():
     command = ["sh", "-c", f'"{sys.executable}" -m lasgd --version <&- 2>&-']
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (0, f"{lasgd.__version__}\n")
+
+
+def test_ctrl_c_ends_the_command_at_once_but_raises_where_something_is_tidied_away(launched, monkeypatch, tmp_path):
+    seen = {}
+    check, before = lasgd.cli.train.check, signal.getsignal(signal.SIGINT)
+
+    def noting(*arguments) -> None:
+        seen["check"] = signal.getsignal(signal.SIGINT)
+        check(*arguments)
+
+    def open_data(*_) -> None:
+        seen["open_data"] = signal.getsignal(signal.SIGINT)
+
+    monkeypatch.setattr(lasgd.cli.train, "check", noting)
+    monkeypatch.setattr("lasgd.training.data.open_data", open_data)
+    (tmp_path / "images.tar").touch()
+    assert main(["train", "--data", "images.tar"]) == 0
+    assert seen == {"check": signal.SIG_DFL, "open_data": signal.default_int_handler}
+    assert launched.sigint is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+INTERRUPTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000): pass
+except BaseException:
+    pass  # as some modules do
+raise SystemExit("the interrupt was swallowed")
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", ["cyclopts", "numpy"])
+@pytest.mark.parametrize("launcher", ["-m lasgd", "-c 'import lasgd.__main__ as m; m.main()'"])
+def test_ctrl_c_while_the_command_imports_ends_it_without_a_word(tmp_path, module, launcher):
+    (tmp_path / f"{module}.py").write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    ended = subprocess.run(
+        [sys.executable, *shlex.split(launcher), "train", "--out", "out"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

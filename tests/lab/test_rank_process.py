@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lasgd.errors import DataError
 from lasgd.lab.rank_process import ERROR_FILE, read_error, record_error
+from lasgd.lab.supervisor import RankCommand, Supervisor
 
 
 def fail(error: Exception) -> Exception:
@@ -60,3 +62,19 @@ def test_a_rank_whose_supervisor_is_gone_already_does_not_run():
     command = [sys.executable, "-m", "lasgd.lab.rank_process", "this"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
+
+
+@pytest.mark.processes
+def test_ctrl_c_while_a_rank_s_python_starts_ends_it_without_a_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = RankCommand(
+        argv=(sys.executable, "-m", "lasgd.lab.rank_process", "this"),
+        environment={"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        error_file=tmp_path / "error.json",
+        log=tmp_path / "log.txt",
+    )
+    with Supervisor([command]) as ranks:
+        outcome = ranks.wait_ended(60)
+    assert outcome.ended[0].code == -signal.SIGINT
+    assert (tmp_path / "log.txt").read_text() == ""
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

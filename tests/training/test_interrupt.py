@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from lasgd.training.interrupt import asking_to_stop
+from lasgd.training.interrupt import asking_to_stop, ending_at_once, raising_interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -57,3 +57,28 @@ def test_a_thread_leaves_the_signals_alone():
     thread.start()
     thread.join(10)
     assert seen == [before]
+
+
+@pytest.fixture
+def sigint():
+    """Sets the handler of SIGINT for a test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_ends_at_once_but_for_the_parts_that_tidy_up(sigint):
+    sigint(signal.default_int_handler)
+    with ending_at_once():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        with pytest.raises(KeyboardInterrupt), raising_interrupts():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_a_handler_of_somebody_elses_stays(sigint, handler):
+    sigint(handler)
+    with ending_at_once(), raising_interrupts():
+        assert signal.getsignal(signal.SIGINT) is handler

@@ -19,6 +19,7 @@ from lasgd import __version__
 from lasgd.cli.config import problems
 from lasgd.cli.train import HELP, keep_traceback, surprise, train
 from lasgd.errors import ConfigurationError, LasgdError
+from lasgd.training.interrupt import ending_at_once
 
 app = App(
     name="lasgd",
@@ -33,10 +34,13 @@ app.command(train, help=HELP)
 def main(tokens: Sequence[str] | None = None) -> int:
     """Runs `lasgd` with these arguments (default: the process's own) and returns its exit code."""
     _open_standard_streams()
+    with ending_at_once():
+        return _run(sys.argv[1:] if tokens is None else list(tokens))
+
+
+def _run(tokens: list[str]) -> int:
     try:
-        command, bound, _ = app.parse_args(
-            sys.argv[1:] if tokens is None else list(tokens), exit_on_error=False, print_error=False
-        )
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or 0
     except CycloptsError as error:
         return _complain(_misuse(error), 2)

@@ -17,6 +17,7 @@ from cyclopts import Group, Parameter
 from lasgd.cli import config as sources
 from lasgd.errors import ConfigurationError, LasgdError, unknown
 from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.training.interrupt import raising_interrupts
 from lasgd.training.run_folder import (
     LinkEmulation,
     has_checkpoint,
@@ -91,7 +92,8 @@ def train(
             return _run_one_rank(merged, out, resume, world_size, rank or 0)
         from lasgd.lab.launch import launch
 
-        code = launch(merged, out, resume, world_size)
+        with raising_interrupts():  # until the supervisor takes over and after it, an emulated network is removed
+            code = launch(merged, out, resume, world_size)
         if code == INTERRUPTED:
             print(_how_to_go_on(out, world_size), file=sys.stderr)
         return code
@@ -136,7 +138,8 @@ def check_data_and_model(settings: Settings) -> None:
 
         if Path(settings.data).is_file():
             print(f"opening {settings.data}; an archive is unpacked the first time", flush=True)
-        open_data(settings.data, settings.image_size)
+        with raising_interrupts():  # a half unpacked archive is removed
+            open_data(settings.data, settings.image_size)
 
 
 def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
@@ -192,7 +195,8 @@ def _run_one_rank(settings: Settings, out: Path, resume: Path | None, world_size
             write_json_atomically(out / "settings.json", stored)
         from lasgd.training.rank import run_rank
 
-        code = run_rank(settings, out, resume, emulation)
+        with raising_interrupts():  # a half unpacked archive is removed, the terminal's cursor comes back
+            code = run_rank(settings, out, resume, emulation)
     except Exception as error:
         record_error(error)  # for torchrun's report
         if rank == 0:

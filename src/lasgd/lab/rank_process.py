@@ -88,6 +88,9 @@ def main(argv: list[str]) -> None:
     if supervisor:
         die_with_parent(int(supervisor))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before training there is nothing to save: no traceback, just the end
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, {signal.SIGINT}
+    )  # one that came before now was kept back, see supervisor
     faulthandler.enable()
     sys.argv = list(argv)
     code = 0

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -204,17 +204,28 @@ def _start(command: RankCommand) -> subprocess.Popen[bytes]:
     if command.log is not None:
         output = open(command.log, "ab")  # noqa: SIM115 closed below, the child has its own
     try:
-        return subprocess.Popen(
-            command.argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with _keeping_back_interrupts():  # inherited: until rank_process says otherwise
+            return subprocess.Popen(
+                command.argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                start_new_session=True,
+            )
     finally:
         if output is not None:
             output.close()
+
+
+@contextlib.contextmanager
+def _keeping_back_interrupts() -> Iterator[None]:
+    """Blocks SIGINT: a rank that gets one while Python starts would die of it with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_group(leader: int, signum: int) -> None:

@@ -1,4 +1,10 @@
-"""Ctrl-C and its like: the first asks for a clean end of all ranks, the second ends this process at once."""
+"""Ctrl-C and its like: the first asks for a clean end of all ranks, the second ends this process at once.
+
+Before training there is nothing to save, and Python's own answer to SIGINT, a KeyboardInterrupt wherever the process
+happens to be, is worse than none: raised within `import numpy` or `import torch` it is swallowed, or becomes an
+ImportError. So a command begins with `ending_at_once`, and turns to `raising_interrupts` where something has to be
+tidied away: a half unpacked archive, an emulated network.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,37 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within the block SIGINT ends the process, as it does in a program that knows nothing of it; a shell says 130.
+
+    Where it is ignored, or somebody has a handler of his own, all stays as it is.
+    """
+    with _replacing_handler(signal.default_int_handler, signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def raising_interrupts() -> Iterator[None]:
+    """Within the block SIGINT raises KeyboardInterrupt, where outside it ends the process."""
+    with _replacing_handler(signal.SIG_DFL, signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def _replacing_handler(expected: Any, handler: Any) -> Iterator[None]:
+    is_expected = signal.getsignal(signal.SIGINT) is expected
+    if not is_expected or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, expected)
 
 
 @contextmanager
