@@ -101,11 +101,8 @@ def train(
 
 def check(settings: Settings, world_size: int) -> None:
     """Finds options that cannot work, alone or together. Raises ConfigurationError."""
-    if settings.samples is not None and settings.samples < world_size * settings.batch_size:
-        raise ConfigurationError(
-            f"--samples: {settings.samples:,} is less than one batch on every rank: {world_size} {_ranks(world_size)} "
-            f"times a batch of {settings.batch_size} need at least {world_size * settings.batch_size:,}."
-        )
+    if settings.samples is not None:
+        settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
     if settings.device not in ("auto", "cpu", "cuda"):
         raise unknown("device", settings.device, ("auto", "cpu", "cuda"))
     from lasgd.lab import conditions

@@ -79,7 +79,7 @@ class _Run:
         self.data = open_data(settings.data, settings.image_size)
         self.model = make_model(settings, self.data).to(self.device)
         self.optimizer = make_optimizer(settings, self.model)
-        self.budget = budget(settings, self.data)
+        self.budget = budget(settings, self.data, int(os.environ.get("WORLD_SIZE", "1")))
         if display:
             display.status("waiting for the other ranks")
         self.averaging = wait_attached(

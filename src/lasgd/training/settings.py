@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lasgd.errors import ConfigurationError
+
 Positive = Annotated[float, Field(gt=0)]
 
 BUILT_IN_MODELS = ("cnn4", "resnet20", "resnet56")
@@ -74,6 +76,16 @@ class Settings(BaseModel):
     """Seconds without a finished round after which the silent ranks are reported."""
     start_timeout_s: Positive = 120.0
     """Seconds to wait for all ranks to start."""
+
+    def check_budget(self, samples: int, what: str, world_size: int) -> None:
+        """Raises ConfigurationError, beginning with `what`, where `samples` is less than one batch on every rank."""
+        needed = world_size * self.batch_size
+        if samples < needed:
+            ranks = "rank" if world_size == 1 else "ranks"
+            raise ConfigurationError(
+                f"{what} is less than one batch on every rank: {world_size} {ranks} times a batch of "
+                f"{self.batch_size} need at least {needed:,}."
+            )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Settings:

@@ -52,12 +52,18 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     )
 
 
-def budget(settings: Settings, data: ImageData) -> int:
-    """Samples of all ranks together: --samples, or --epochs times the training images."""
+def budget(settings: Settings, data: ImageData, world_size: int) -> int:
+    """Samples of all ranks together: --samples, or --epochs times the training images.
+
+    Raises ConfigurationError where that is less than one batch on every rank.
+    """
     if settings.samples is not None:
+        settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
         return settings.samples
     epochs = settings.epochs or (DIGITS_EPOCHS if data.name == "digits" else EPOCHS)
-    return math.ceil(epochs * len(data.train))
+    samples = math.ceil(epochs * len(data.train))
+    settings.check_budget(samples, f"--epochs: {epochs:g} times {len(data.train):,} images", world_size)
+    return samples
 
 
 def wait_attached(
