@@ -45,6 +45,48 @@ def test_an_unknown_config_key_is_named_with_the_nearest(tmp_path):
         read_config(path)
 
 
+def test_a_config_key_given_in_both_spellings_is_refused(tmp_path):
+    path = config_file(tmp_path, "batch-size = 64\nbatch_size = 32\n")
+    with pytest.raises(ConfigurationError, match=r"run\.toml: config key 'batch-size' is given twice"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lr = true", "--lr: must be a valid number, got True"),
+        ('batch-size = "32"', "--batch-size: must be a valid integer, got 32"),
+        ("batch-size = 32.0", "--batch-size: must be a valid integer, got 32.0"),
+        ("fragments = true", "--fragments: must be 'auto' or a valid integer, got True"),
+        ("data = 3", "--data: must be a valid string, got 3"),
+    ],
+)
+def test_a_config_value_of_another_type_is_refused(tmp_path, line, said):
+    with pytest.raises(ConfigurationError) as caught:
+        combine({}, read_config(config_file(tmp_path, line)))
+    assert str(caught.value) == said
+
+
+def test_whole_numbers_are_numbers_too_and_fragments_either(tmp_path):
+    for text, value in (("5", 5), ('"auto"', "auto")):
+        settings = combine({}, read_config(config_file(tmp_path, f"lr = 1\nepochs = 2\nfragments = {text}\n")))
+        assert (settings.lr, settings.epochs, settings.fragments) == (1.0, 2.0, value)
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "start_timeout_s"])
+@pytest.mark.parametrize(("value", "said"), [(1e-9, "greater than or equal to 0.001"), (1e15, "less than or equal to")])
+def test_a_time_out_that_no_clock_can_keep_is_refused(name, value, said):
+    with pytest.raises(ConfigurationError, match=f"must be {said}"):
+        validated({name: value})
+    for possible in (0.001, 30 * 86400):
+        assert getattr(validated({name: possible}), name) == possible
+
+
+def test_more_than_a_million_steps_per_round_are_refused():
+    with pytest.raises(ConfigurationError, match=r"--steps-per-round: must be less than or equal to 1000000"):
+        validated({"steps_per_round": 1e7})
+
+
 def test_a_config_file_that_is_no_toml_is_named_with_the_line(tmp_path):
     with pytest.raises(ConfigurationError, match=r"run\.toml is not a TOML file: .*line 2"):
         read_config(config_file(tmp_path, "lr = 0.1\nseed: 3\n"))

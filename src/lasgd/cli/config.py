@@ -32,12 +32,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_keys(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """`values` by field name. Raises ConfigurationError for a key that is no setting, with the nearest known one."""
+    """`values` by field name, which may be spelt with dashes.
+
+    Raises ConfigurationError for a key that is no setting, with the nearest known one, and for one given twice.
+    """
     settings = {}
     for key, value in values.items():
         field = key.replace("-", "_")
         if field not in Settings.model_fields:
             raise unknown(kind, key, (name.replace("_", "-") for name in Settings.model_fields))
+        if field in settings:
+            raise ConfigurationError(f"{kind} {field.replace('_', '-')!r} is given twice, with - and with _. Keep one.")
         settings[field] = value
     return settings
 
@@ -81,9 +86,12 @@ def read_stored(folder: Path) -> Settings:
 
 
 def validated(values: Mapping[str, Any]) -> Settings:
-    """Settings from `values`. Raises ConfigurationError with one line per problem."""
+    """Settings from `values`, each of its setting's own type: neither "32" nor true is a number.
+
+    Raises ConfigurationError with one line per problem.
+    """
     try:
-        return Settings.model_validate(dict(values))
+        return Settings.model_validate(dict(values), strict=True)
     except ValidationError as error:
         raise ConfigurationError("\n".join(problems(error))) from error
 

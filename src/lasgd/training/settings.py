@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lasgd.errors import ConfigurationError
 
 Positive = Annotated[float, Field(gt=0)]
+Timeout = Annotated[float, Field(ge=0.001, le=30 * 86400)]
+"""Seconds. Less than a millisecond is over before anybody can answer; the upper bound fits the system's clocks."""
 
 BUILT_IN_MODELS = ("cnn4", "resnet20", "resnet56")
 """What `--model` takes beside import paths; models.py makes them. Here, so that their names cost no import of torch."""
@@ -39,7 +41,7 @@ class Settings(BaseModel):
     """Merge rule: how much of a correction the replica shows at the step boundary."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
-    steps_per_round: Positive = 1.0
+    steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """A round at most every so many local steps of the median rank; one every 30 s in any case."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Local ranks to start; under torchrun the environment decides."""
@@ -72,9 +74,9 @@ class Settings(BaseModel):
 
     device: str = "auto"
     """`auto`, `cpu` or `cuda` (one GPU per local rank)."""
-    timeout_s: Positive = 60.0
+    timeout_s: Timeout = 60.0
     """Seconds without a finished round after which the silent ranks are reported."""
-    start_timeout_s: Positive = 120.0
+    start_timeout_s: Timeout = 120.0
     """Seconds to wait for all ranks to start."""
 
     def check_budget(self, samples: int, what: str, world_size: int) -> None:
