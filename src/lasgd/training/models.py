@@ -6,6 +6,7 @@ Nothing downloads weights.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lasgd.errors import ConfigurationError, unknown
 
@@ -65,6 +67,26 @@ def check_model(model: nn.Module, *, channels: int, image_size: int, num_classes
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigurationError(f"the model gives {got}. {expected}")
+
+
+def check_single_images(model: nn.Module, *, channels: int, image_size: int) -> None:
+    """Shows a copy of the model one blank image in training mode, where its BatchNorm may lack values to normalise.
+
+    Raises ConfigurationError where it cannot take it. Leaves torch's generator as it was.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train()(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # somebody else's code, and a GPU's may not run here: the first local step will tell
+        if "more than 1 value per channel" not in str(error):
+            return
+        raise ConfigurationError(
+            f"--batch-size: the model cannot train on one image at a time: {_said(error)}. BatchNorm normalises over "
+            "a batch: take a --batch-size of at least 2, or a model without it, as the built-in ones are with "
+            "--norm group"
+        ) from error
 
 
 class CNN4(nn.Sequential):

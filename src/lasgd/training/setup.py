@@ -17,7 +17,7 @@ from lasgd.layout import Layout
 from lasgd.runtime.attach import attach
 from lasgd.runtime.averaging import Averaging
 from lasgd.training.data import ImageData
-from lasgd.training.models import build_model, check_model
+from lasgd.training.models import build_model, check_model, check_single_images
 from lasgd.training.run_folder import LinkEmulation
 from lasgd.training.settings import OWN_TO_A_RANK, Settings
 
@@ -39,6 +39,8 @@ def make_model(settings: Settings, data: ImageData) -> nn.Module:
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, num_classes=len(data.classes), channels=data.channels, norm=settings.norm)
     check_model(model, channels=data.channels, image_size=data.image_size, num_classes=len(data.classes))
+    if settings.batch_size == 1:
+        check_single_images(model, channels=data.channels, image_size=data.image_size)
     return model
 
 
