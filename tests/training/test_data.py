@@ -392,10 +392,11 @@ def test_looking_for_a_readable_image_ends_after_a_hundred(folder, monkeypatch):
         batches(data, 1, batch_size=12)
 
 
-def test_a_folder_of_unreadable_files_is_refused_when_it_is_opened(folder):
-    for file in (folder / "train").glob("*/*"):
+@pytest.mark.parametrize(("split", "images"), [("train", 12), ("val", 6)])
+def test_a_folder_of_unreadable_files_is_refused_when_it_is_opened(folder, split, images):
+    for file in (folder / split).glob("*/*"):
         damage(file, "text")
-    with pytest.raises(DataError, match=r"train: none of 12 images looked at can be read"):
+    with pytest.raises(DataError, match=rf"{split}: none of {images} images looked at can be read"):
         open_data(str(folder))
 
 

@@ -157,6 +157,7 @@ def _open_folder(folder: Path, name: str, image_size: int | None) -> ImageData:
     _check_same_classes(root, classes, list_classes(root / "val"))
     train, val = Listing(root / "train", classes), Listing(root / "val", classes)
     own_size, grey = _probe(train)
+    _probe(val)  # whether any can be read: better known now than after the training
     mode = "L" if grey else "RGB"
     small = own_size is not None and (own_size <= LARGEST_OWN_SIZE or own_size == image_size)
     size = image_size or (own_size if small and own_size else PHOTOGRAPH_SIZE)
