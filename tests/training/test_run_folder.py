@@ -20,6 +20,7 @@ from lasgd.training.run_folder import (
     StalenessSteps,
     append_metrics,
     environment,
+    holds_nothing_to_lose,
     read_metrics,
     read_run,
     replacing,
@@ -27,6 +28,7 @@ from lasgd.training.run_folder import (
     write_run,
     write_unfinished,
 )
+from lasgd.training.settings import Settings
 
 
 def record(**changes) -> RunRecord:
@@ -164,6 +166,16 @@ def test_reading_what_is_no_run_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{}\n{"wall')
     with pytest.raises(ConfigurationError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("content", ['{"theme": "dark"}', "[]", "// comments\n{}"])
+def test_a_settings_file_of_somebody_elses_is_something_to_lose(tmp_path, content):
+    (tmp_path / "logs").mkdir()
+    assert holds_nothing_to_lose(tmp_path)
+    (tmp_path / "settings.json").write_text(Settings().model_dump_json())
+    assert holds_nothing_to_lose(tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    assert not holds_nothing_to_lose(tmp_path)
 
 
 def unfinished(out, error: str) -> RunRecord:

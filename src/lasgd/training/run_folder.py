@@ -154,6 +154,8 @@ def holds_nothing_to_lose(out: Path) -> bool:
     """Whether the folder is empty, or all there is comes from a run that ended before it had anything to keep."""
     traces = {"settings.json", "logs"}
     found = {entry.name for entry in out.iterdir() if not entry.name.endswith(".tmp")}
+    if "settings.json" in found and not _holds_settings(out / "settings.json"):
+        return False
     if "run.json" in found:
         try:
             run = read_run(out)
@@ -161,6 +163,15 @@ def holds_nothing_to_lose(out: Path) -> bool:
             return False
         return found <= traces | {"run.json"} and run.status != "finished"
     return found <= traces
+
+
+def _holds_settings(path: Path) -> bool:
+    """Whether the file is of a run of lasgd, also of another version of it, and not somebody's own of that name."""
+    try:
+        values = read_json(path)
+    except ConfigurationError:
+        return False
+    return isinstance(values, dict) and {"data", "model", "algorithm", "condition"} <= values.keys()
 
 
 def write_json_atomically(path: Path, obj: Any) -> None:
