@@ -29,6 +29,13 @@ LOOK_S = 0.5
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
 
+_hosted: dict[tuple[str, int], dist.TCPStore] = {}
+"""The stores that this process hosts, by host and port, kept as long as it lives.
+
+With the last reference the server goes, and it must not go with the averaging that made it: another rank may have
+come for the next one meanwhile, and found this server.
+"""
+
 
 def connect(start_timeout_s: float) -> C10dGroup:
     """Joins the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); alone without them.
@@ -72,6 +79,8 @@ def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store, bool]:
             f"rank {rank} of {world_size}: no answer from rank 0's store at {host}:{port} within {timeout_s:g} s. "
             "Is rank 0 running, and is the port reachable from here?"
         ) from error
+    if is_host:
+        _hosted.setdefault((host, port), store)  # torch gives later stores of this host and port the same server
     return rank, world_size, store, is_host
 
 
@@ -174,7 +183,10 @@ class C10dGroup:
         )
 
     def leave(self, reason: str | None = None) -> None:
-        """See Group. A rank that hosts the store stays up to two seconds for the others' last questions."""
+        """See Group. A rank that hosts the store stays up to two seconds for the others' last questions.
+
+        Its process may end right after this, and the store with it.
+        """
         if self._has_left:
             return
         self._has_left = True
