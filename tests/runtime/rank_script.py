@@ -17,7 +17,7 @@ rank = int(os.environ["RANK"])
 torch.manual_seed(rank)
 model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-with lasgd.attach(
+averaging = lasgd.attach(
     model,
     optimizer,
     samples=6_000 if behaviour == "train" else 10**9,
@@ -25,7 +25,10 @@ with lasgd.attach(
     fragments=3,
     timeout_s=3.0,
     start_timeout_s=float(os.environ.get("START_TIMEOUT_S", "60")),
-) as averaging:
+)
+
+
+def train() -> None:
     while not averaging.finished:
         x = torch.randn(4, 8)
         nn.functional.mse_loss(model(x), x[:, :2]).backward()
@@ -34,11 +37,19 @@ with lasgd.attach(
         if averaging.pace.round < 3:
             continue
         if rank == 1:
-            if behaviour == "raise":
+            if behaviour.startswith("raise"):
                 raise ValueError("too many bananas")
             if behaviour == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
         if behaviour == f"stop {rank}":
             os.kill(os.getpid(), signal.SIGSTOP)
+
+
+if behaviour == "raise unclosed":
+    averaging.start()
+    train()
+else:
+    with averaging:
+        train()
 line = f"digest {averaging.replica.layout.content_digest()} rounds {averaging.pace.round}\n"
 os.write(1, line.encode())  # at once, so that lines of several ranks do not mix

@@ -90,6 +90,16 @@ def test_a_rank_that_raises_ends_the_others_within_seconds_with_its_words():
         assert time.monotonic() - raised_s < 10
 
 
+def test_a_rank_that_raises_without_a_with_block_ends_by_its_own_error_and_the_others_have_its_words():
+    with Ranks("raise unclosed", 2) as ranks:
+        code, _, errors = ranks.end(1)
+        assert code == 1 and errors.strip().endswith("ValueError: too many bananas")  # no abort of the interpreter
+        code, _, errors = ranks.end(0)
+    assert code == 1 and errors.count("Traceback") == 1
+    words = r"Rank 1 left: its process ended without closing the averaging, after ValueError: too many bananas\."
+    assert re.search(rf"PeerError: rank 0 of 2: round \d+: .*{words}", errors), errors
+
+
 def test_a_rank_that_is_killed_is_named_within_seconds():
     with Ranks("die", 3) as ranks:
         assert ranks.end(1)[0] == -signal.SIGKILL

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import sys
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -81,6 +85,10 @@ class Averaging:
         self._digests = 0
         self._hooks = OptimizerHooks(optimizers, self._gradient_is_there, self._step_is_done)
         replica.on_recovery = self._forget_optimizer_state
+        # Whoever never closes is closed at exit: before the interpreter is torn down, for a thread that comes back
+        # from native code into one that is may end the process by SIGABRT; and so that the others hear of it.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     # How far the run is
 
@@ -112,7 +120,10 @@ class Averaging:
     # The loop
 
     def start(self) -> None:
-        """Begins; entering the `with` block does it. Rounds begin with the first complete gradient."""
+        """Begins; entering the `with` block does it. Rounds begin with the first complete gradient.
+
+        Whoever begins by hand calls `wait_end` and `close`; a process that ends without is closed, as after an error.
+        """
         self._phase.move("start", 0)
         self._request = next(self._compute)
         self.first_step_s = time.monotonic()
@@ -224,6 +235,7 @@ class Averaging:
         was_started = self._phase.now is not Phase.READY
         if reason is None and was_started and not self._communicator.ended.is_set():
             reason = "its averaging was closed before the agreed end"
+        atexit.unregister(self._at_exit)
         self._hooks.remove()
         self._communicator.close()
         self._phase.move("close", self.pace.round)
@@ -327,6 +339,19 @@ class Averaging:
                 _restart_adagrad(optimizer)
             else:
                 optimizer.state.clear()
+
+
+def _close_at_exit(reference: weakref.ref[Averaging]) -> None:
+    averaging = reference()
+    if averaging is None:
+        return
+    # Set where an error that nobody caught is printed, so in an interactive session too, which then goes on.
+    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+    reason = "its process ended without closing the averaging"
+    if error is not None:
+        averaging.close(f"{reason}, after {type(error).__name__}: {error}")
+    else:
+        averaging.close(None if averaging.end_agreed_s is not None else reason)
 
 
 def _restart_adagrad(optimizer: torch.optim.Adagrad) -> None:
