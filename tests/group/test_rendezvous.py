@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from lasgd.group import c10d
+from helpers import raise_any, wait_all
+from lasgd.errors import PeerError
+from lasgd.group import c10d, notices
+from lasgd.group.c10d import C10dGroup
 
 LIMIT_S = 20.0
 
@@ -43,3 +51,54 @@ def test_the_store_outlives_the_averaging_that_made_it_for_whoever_has_come_for_
     *_, store, hosts_store = c10d._rendezvous(LIMIT_S)
     assert hosts_store
     assert store.get("rank 1") == b"is here"
+
+
+HOST = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, True, timedelta(seconds=20), wait_for_workers=False)
+time.sleep(100)
+"""
+
+
+class StopsItsHost:
+    """A store whose host stands still, as in SIGSTOP, from just before the first call of `operation` on."""
+
+    def __init__(self, store: dist.Store, operation: str, host: int):
+        self._store, self._operation, self._host = store, operation, host
+
+    def __getattr__(self, name: str):
+        if name == self._operation:
+            os.kill(self._host, signal.SIGSTOP)
+        return getattr(self._store, name)
+
+
+@pytest.mark.processes
+def test_an_exchange_ends_in_time_when_the_host_of_the_store_stands_still(port):
+    host = subprocess.Popen([sys.executable, "-c", HOST, str(port)])
+    try:
+        joins = [
+            lambda rank=rank: C10dGroup(dist.PrefixStore("run", client(port)), rank, 2, LIMIT_S) for rank in range(2)
+        ]
+        groups = raise_any(wait_all(joins))
+        for operation in ("get", "set"):
+            timeout_s = 1.0
+            for group in groups:
+                group._store = StopsItsHost(group._store, operation, host.pid)
+            begin_s = time.monotonic()
+            errors = wait_all(
+                [lambda group=group, topic=operation: group.wait_exchange(topic, b"", timeout_s) for group in groups]
+            )
+            assert time.monotonic() - begin_s < timeout_s + notices.ANSWER_S + 1.0  # one more question: who is missing
+            for rank, error in enumerate(errors):
+                assert isinstance(error, PeerError)
+                assert f"rank {rank} of 2: {operation}: the host of the store, rank 0 or its launcher, does not" in str(
+                    error
+                )
+            os.kill(host.pid, signal.SIGCONT)
+        for group in groups:
+            group.leave()
+    finally:
+        host.kill()
+        host.communicate()

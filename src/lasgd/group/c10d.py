@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.cost import ring_bytes_sent
-from lasgd.group.notices import Notices, ranks_in_words
+from lasgd.group.notices import ANSWER_S, Notices, ranks_in_words, wait_answer
 
 ABORT_S = 1.0
 """Longest wait for connections to close."""
@@ -159,26 +159,40 @@ class C10dGroup:
         keys = [f"{topic}/{rank}" for rank in self.members]
         begin_s = time.monotonic()
         pause_s = 0.002
-        try:
+
+        def left_s() -> float:
+            return begin_s + timeout_s - time.monotonic()
+
+        def put() -> None:
             self._store.set(keys[self.rank], value or b"-")  # pyright: ignore[reportArgumentType]  bytes are taken
-            while not self._notices.holds(*keys):
+
+        try:
+            wait_answer(put, timeout_s)
+            while not self._notices.holds(*keys, within_s=left_s()):
                 # Asked for again and again, because torch's own wait prints a warning where it ends in a time-out.
-                if time.monotonic() > begin_s + timeout_s or self._notices.is_there_trouble():
+                if left_s() < 0 or self._notices.is_there_trouble():
                     raise self._missing(topic, keys, time.monotonic() - begin_s)
                 time.sleep(pause_s)
                 pause_s = min(LOOK_S / 2, 1.5 * pause_s)
-            return [b"" if found == b"-" else found for found in map(self._store.get, keys)]
-        except (dist.DistError, RuntimeError) as error:
+            values = wait_answer(lambda: [self._store.get(key) for key in keys], left_s())
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
             raise self._missing(topic, keys, time.monotonic() - begin_s) from error
+        return [b"" if found == b"-" else found for found in values]
 
     def _missing(self, topic: str, keys: list[str], after_s: float) -> PeerError:
-        missing = [rank for rank, key in enumerate(keys) if not self._notices.holds(key)]
+        where, after = f"rank {self.rank} of {self.world_size}: {topic}", f"after {after_s:.3g} s"
+        missing = self._notices.missing(keys)
+        if missing is None:
+            return PeerError(
+                f"{where}: the host of the store, rank 0 or its launcher, does not answer {after}; silent: 0. "
+                "Is its process stopped, or its machine gone?"
+            )
         if self.rank in missing:
             who = "the store is gone with its host, rank 0 or its launcher, whose own message says more,"
         else:
             who = f"nothing from {ranks_in_words(missing)}"
         return PeerError(
-            f"rank {self.rank} of {self.world_size}: {topic}: {who} after {after_s:.3g} s.{self._notices.reasons()} "
+            f"{where}: {who} {after}.{self._notices.reasons()} "
             "Start all ranks, with the same WORLD_SIZE and MASTER_ADDR, within the time-out"
         )
 

@@ -44,9 +44,13 @@ class Notices:
         """Who has left, and why; empty if nobody has said so."""
         return self._asked(self._reasons, "")
 
-    def holds(self, *keys: str) -> bool:
+    def holds(self, *keys: str, within_s: float = ANSWER_S) -> bool:
         """The store holds all `keys`, as far as it answers."""
-        return self._asked(lambda: self._holds(*keys), False)
+        return self._asked(lambda: self._holds(*keys), False, min(within_s, ANSWER_S))
+
+    def missing(self, keys: list[str]) -> list[int] | None:
+        """The ranks whose key the store does not hold; None if it does not answer."""
+        return self._asked(lambda: [rank for rank, key in enumerate(keys) if not self._holds(key)], None)
 
     def leave(self, reason: str | None) -> None:
         """Tells the others that this rank leaves; the host of the store stays a little for those who still ask."""
@@ -81,13 +85,11 @@ class Notices:
         found = [(rank, self._get(f"reason/{rank}")) for rank in self._ranks if self._holds(f"reason/{rank}")]
         return "".join(f" Rank {rank} left: {reason}." for rank, reason in found)
 
-    def _asked(self, question: Callable[[], T], otherwise: T) -> T:
-        # A stopped process keeps its connections open, and torch's client waits for an answer without limit.
-        answers: list[T] = []
-        thread = threading.Thread(target=lambda: answers.append(question()), name="lasgd-ask-store", daemon=True)
-        thread.start()
-        thread.join(ANSWER_S)
-        return answers[0] if answers else otherwise
+    def _asked(self, question: Callable[[], T], otherwise: T, timeout_s: float = ANSWER_S) -> T:
+        try:
+            return wait_answer(question, timeout_s)
+        except TimeoutError:
+            return otherwise
 
     def _wait_until(self, is_true: Callable[[], bool], timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -109,6 +111,31 @@ class Notices:
     def _set(self, key: str, value: str) -> None:
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(key, value)
+
+
+def wait_answer(question: Callable[[], T], timeout_s: float) -> T:
+    """What `question` returns or raises, asked on a thread of its own; TimeoutError if there is no answer.
+
+    For questions to the store: a stopped process keeps its connections open, and torch's client waits for an answer
+    without limit, whatever time-out it was given. The thread that waits is then left behind, a daemon.
+    """
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, name="lasgd-ask-store", daemon=True)
+    thread.start()
+    thread.join(max(0.0, timeout_s))
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return answers[0]
 
 
 def ranks_in_words(ranks: list[int]) -> str:
