@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,12 +39,42 @@ def test_a_rank_that_never_joins_is_named():
         assert "nothing from rank 1 after 0.3" in str(error)
 
 
+def test_a_rank_that_is_lost_while_gloo_connects_is_named_and_ends_in_time_itself(monkeypatch):
+    stuck = threading.Event()
+
+    def connect(store, rank, world_size, timeout):
+        if rank == 0:
+            raise RuntimeError("Connect timeout")
+        stuck.wait(20.0)
+
+    monkeypatch.setattr(dist, "ProcessGroupGloo", connect)
+    monkeypatch.setattr(c10d, "ANSWER_S", 2.5)
+    store = dist.HashStore()
+    joins = [lambda rank=rank: C10dGroup(dist.PrefixStore("run", store), rank, 2, 1.0) for rank in range(2)]
+    errors = wait_all(joins)
+    stuck.set()
+    assert all(isinstance(error, PeerError) for error in errors)
+    assert "rank 0 of 2: no Gloo connection to the other ranks: Connect timeout" in str(errors[0])
+    assert "silent: rank 1" in str(errors[0])
+    assert "rank 1 of 2: no Gloo connection to the other ranks: no answer within 3.5 s" in str(errors[1])
+    assert "Rank 0 left: rank 0 of 2" in str(errors[1])
+
+
 @pytest.mark.parametrize(
     "environment, words",
     [
         ({"RANK": "two"}, "RANK should be a whole number, got 'two'"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not one of 0 to 1, for WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not one of 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 should be at least 1"),
+        ({"RANK": "0"}, "RANK=0 is set, WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, RANK is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR= and MASTER_PORT= do not say where rank 0 is"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 do not"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "http"},
+            "MASTER_PORT should be",
+        ),
     ],
 )
 def test_an_environment_that_cannot_work_is_a_configuration_error(monkeypatch, environment, words):

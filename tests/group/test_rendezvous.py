@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from helpers import raise_any, wait_all
-from lasgd.errors import PeerError
+from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group import c10d, notices
 from lasgd.group.c10d import C10dGroup
 
@@ -53,6 +53,30 @@ def test_the_store_outlives_the_averaging_that_made_it_for_whoever_has_come_for_
     assert store.get("rank 1") == b"is here"
 
 
+def test_a_listener_that_never_answers_is_no_store(port, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(c10d, "ANSWER_S", 0.5)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", port))
+        mute.listen()
+        with pytest.raises(
+            PeerError, match=f"rank 1 of 2: no answer from rank 0's store at 127.0.0.1:{port} within 0.5"
+        ):
+            c10d._rendezvous(0.5)
+
+
+def test_a_store_of_the_launcher_that_nobody_hosts_is_called_so(port, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(PeerError, match=r"rank 0 of 2: no answer from the launcher's store .* Is torchrun on"):
+        c10d._rendezvous(0.5)
+
+
+def test_rank_0_that_cannot_reach_its_own_store_is_told_so(port, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(ConfigurationError, match=r"rank 0 of 2: cannot reach its own store at no-such-host\.invalid"):
+        c10d._rendezvous(0.5)
+
+
 HOST = """
 import sys, time
 from datetime import timedelta
@@ -83,19 +107,17 @@ def test_an_exchange_ends_in_time_when_the_host_of_the_store_stands_still(port):
         ]
         groups = raise_any(wait_all(joins))
         for operation in ("get", "set"):
-            timeout_s = 1.0
             for group in groups:
                 group._store = StopsItsHost(group._store, operation, host.pid)
             begin_s = time.monotonic()
             errors = wait_all(
-                [lambda group=group, topic=operation: group.wait_exchange(topic, b"", timeout_s) for group in groups]
+                [lambda group=group, topic=operation: group.wait_exchange(topic, b"", 1.0) for group in groups]
             )
-            assert time.monotonic() - begin_s < timeout_s + notices.ANSWER_S + 1.0  # one more question: who is missing
+            assert time.monotonic() - begin_s < 1.0 + notices.ANSWER_S + 1.0  # one more question: who is missing
             for rank, error in enumerate(errors):
                 assert isinstance(error, PeerError)
-                assert f"rank {rank} of 2: {operation}: the host of the store, rank 0 or its launcher, does not" in str(
-                    error
-                )
+                words = f"rank {rank} of 2: {operation}: the host of the store, rank 0 or its launcher, does not answer"
+                assert words in str(error)
             os.kill(host.pid, signal.SIGCONT)
         for group in groups:
             group.leave()

@@ -53,35 +53,61 @@ def connect(start_timeout_s: float) -> C10dGroup:
 def _rendezvous(timeout_s: float) -> tuple[int, int, dist.Store, bool]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store(), dist.get_rank() == 0
-    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if not 0 <= rank < world_size:
-        raise ConfigurationError(f"RANK={rank} is not below WORLD_SIZE={world_size}; each rank needs its own number")
+    rank, world_size = _rank_and_world_size()
     if world_size == 1:
         return rank, world_size, dist.HashStore(), False
-    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", -1)
-    if not host or port < 0:
+    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 0)
+    if not host or not 0 < port < 2**16:
         raise ConfigurationError(
-            f"WORLD_SIZE is {world_size}, but MASTER_ADDR and MASTER_PORT do not say where rank 0 is; "
-            "start with torchrun"
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR={host} and MASTER_PORT={os.environ.get('MASTER_PORT', '')} "
+            "do not say where rank 0 is; start with torchrun"
         )
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = rank == 0 and not is_launchers
+    time_out = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(
-            host, port, world_size, is_host, timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True
+        # Torch's own time-out does not hold where somebody accepts the connection and never answers.
+        store = wait_answer(
+            lambda: dist.TCPStore(host, port, world_size, is_host, time_out, wait_for_workers=False, multi_tenant=True),
+            timeout_s + ANSWER_S,
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise ConfigurationError(
-                f"rank {rank} of {world_size}: port {port} on {host} is in use by another program; "
-                "choose another MASTER_PORT (torchrun: --master-port), or let torchrun --standalone choose"
+                f"rank {rank} of {world_size}: port {port} on {host} is in use by another program, or by another "
+                "process with RANK=0; choose another MASTER_PORT (torchrun: --master-port), or let torchrun "
+                "--standalone choose"
             ) from error
+        if is_host:
+            raise ConfigurationError(
+                f"rank 0 of {world_size}: cannot reach its own store at {host}:{port}; MASTER_ADDR should name the "
+                "machine that runs rank 0, as all ranks can reach it"
+            ) from error
+        whose, who = ("the launcher's", "torchrun on rank 0's host") if is_launchers else ("rank 0's", "rank 0")
         raise PeerError(
-            f"rank {rank} of {world_size}: no answer from rank 0's store at {host}:{port} within {timeout_s:g} s. "
-            "Is rank 0 running, and is the port reachable from here?"
+            f"rank {rank} of {world_size}: no answer from {whose} store at {host}:{port} within {timeout_s:g} s. "
+            f"Is {who} running, with the same WORLD_SIZE and MASTER_PORT, and is the port reachable from here?"
         ) from error
     if is_host:
         _hosted.setdefault((host, port), store)  # torch gives later stores of this host and port the same server
     return rank, world_size, store, is_host
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    """As the environment has it; 0 and 1 if it names neither."""
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+        raise ConfigurationError(f"RANK={rank} is set, WORLD_SIZE is not; a rank needs both, one alone neither")
+    if world_size > 1 and not os.environ.get("RANK"):
+        raise ConfigurationError(f"WORLD_SIZE={world_size} is set, RANK is not; each rank needs its own")
+    if world_size < 1:
+        raise ConfigurationError(f"WORLD_SIZE={world_size} should be at least 1, the number of ranks")
+    if not 0 <= rank < world_size:
+        raise ConfigurationError(
+            f"RANK={rank} is not one of 0 to {world_size - 1}, for WORLD_SIZE={world_size}; "
+            "each rank needs its own number"
+        )
+    return rank, world_size
 
 
 def _number(name: str, default: int) -> int:
@@ -113,13 +139,17 @@ class C10dGroup:
         self._gloo: dist.ProcessGroupGloo | None = None
         try:
             self.wait_exchange("joined", b"", start_timeout_s)
-            self._gloo = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=start_timeout_s))
+            time_out = timedelta(seconds=start_timeout_s)
+            self._gloo = wait_answer(
+                lambda: dist.ProcessGroupGloo(store, rank, world_size, time_out), start_timeout_s + ANSWER_S
+            )
         except PeerError as error:
             self.leave(str(error))
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             failure = PeerError(
                 f"rank {rank} of {world_size}: no Gloo connection to the other ranks: {_first_line(error)}. "
+                f"{self._notices.account()} "
                 "Ranks on several hosts must reach each other; GLOO_SOCKET_IFNAME names the interface to use"
             )
             self.leave(str(failure))
