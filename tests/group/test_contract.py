@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from group_contract import GroupContract
-from helpers import wait_all
+from helpers import raise_any, wait_all
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group import c10d
 from lasgd.group.c10d import C10dGroup
@@ -58,6 +59,36 @@ def test_a_rank_that_is_lost_while_gloo_connects_is_named_and_ends_in_time_itsel
     assert "silent: rank 1" in str(errors[0])
     assert "rank 1 of 2: no Gloo connection to the other ranks: no answer within 3.5 s" in str(errors[1])
     assert "Rank 0 left: rank 0 of 2" in str(errors[1])
+
+
+def test_a_place_that_is_taken_is_refused_and_those_who_are_there_never_hear_of_it():
+    store = dist.HashStore()
+
+    def join(rank: int) -> C10dGroup:
+        return C10dGroup(dist.PrefixStore("run", store), rank, 2, 20.0)
+
+    groups = raise_any(wait_all([lambda: join(0), lambda: join(1)]))
+    with pytest.raises(ConfigurationError, match=r"rank 1 of 2: RANK=1 is taken by process \d+ on .* RANK of its own"):
+        join(1)
+    sums = [torch.ones(1), torch.ones(1)]
+    headers = [torch.zeros(1, dtype=torch.float64) for _ in groups]
+    raise_any(wait_all([lambda r=r: groups[r].wait_all_reduce(headers[r], sums[r], 20.0) for r in range(2)]))
+    assert [s.item() for s in sums] == [2.0, 2.0]
+    assert not any(group._notices.is_there_trouble() for group in groups)
+    wait_all([group.leave for group in groups])
+
+
+@pytest.mark.parametrize("first, other", [(2, 3), (3, 2)])
+def test_world_sizes_that_differ_are_named_on_the_rank_that_finds_out_and_told_to_the_others(first, other):
+    store = dist.HashStore()
+    store.set("run/world_size", f"{first} 0")  # rank 0 is the first to come
+    sizes = (first, other)
+    begin_s = time.monotonic()
+    errors = wait_all([lambda r=r: C10dGroup(dist.PrefixStore("run", store), r, sizes[r], 15.0) for r in range(2)])
+    assert time.monotonic() - begin_s < 10.0  # at once, not after the time-out
+    words = f"ranks disagree on WORLD_SIZE: rank 0 has {first}, rank 1 has {other}"
+    assert isinstance(errors[1], ConfigurationError) and words in str(errors[1])
+    assert isinstance(errors[0], PeerError) and f"Rank 1 left: {words}" in str(errors[0])
 
 
 @pytest.mark.parametrize(

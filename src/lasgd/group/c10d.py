@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -138,12 +139,13 @@ class C10dGroup:
         self._has_left = False
         self._gloo: dist.ProcessGroupGloo | None = None
         try:
+            self._wait_place(start_timeout_s)
             self.wait_exchange("joined", b"", start_timeout_s)
             time_out = timedelta(seconds=start_timeout_s)
             self._gloo = wait_answer(
                 lambda: dist.ProcessGroupGloo(store, rank, world_size, time_out), start_timeout_s + ANSWER_S
             )
-        except PeerError as error:
+        except (PeerError, ConfigurationError) as error:
             self.leave(str(error))
             raise
         except (RuntimeError, TimeoutError) as error:
@@ -154,6 +156,39 @@ class C10dGroup:
             )
             self.leave(str(failure))
             raise failure from error
+
+    def _wait_place(self, timeout_s: float) -> None:
+        """Takes this rank's place. Raises ConfigurationError if it is taken, or if ranks disagree on their number.
+
+        Whoever comes to a taken place, or to one beyond the others' number, leaves no trace: the ranks that are there
+        may be complete and at work, and need not hear of it.
+        """
+        own = f"process {os.getpid()} on {socket.gethostname()} {os.urandom(8).hex()}"
+        begin_s = time.monotonic()
+
+        def take() -> tuple[str, str]:
+            holder = self._store.compare_set(f"place/{self.rank}", "", own)
+            first = self._store.compare_set("world_size", "", f"{self.world_size} {self.rank}")
+            return holder.decode(), first.decode()
+
+        try:
+            holder, first = wait_answer(take, timeout_s)
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
+            places = [f"place/{rank}" for rank in self.members]
+            raise self._missing("joining", places, time.monotonic() - begin_s) from error
+        if holder != own:
+            self._has_left = True
+            raise ConfigurationError(
+                f"rank {self.rank} of {self.world_size}: RANK={self.rank} is taken by {holder.rsplit(' ', 1)[0]}. "
+                "Each process needs a RANK of its own, and each run a MASTER_PORT of its own"
+            )
+        world_size, first_rank = map(int, first.split())
+        if world_size != self.world_size:
+            self._has_left = self.rank >= world_size
+            raise ConfigurationError(
+                f"ranks disagree on WORLD_SIZE: rank {first_rank} has {world_size}, rank {self.rank} has "
+                f"{self.world_size}. Start all ranks with the same WORLD_SIZE"
+            )
 
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """See Group."""
