@@ -271,6 +271,26 @@ def test_the_end_agreed_while_a_rank_is_inside_a_long_step_discards_that_step(tw
     assert all(a.tally.waited_s < 1.0 for a in ranks.averagings)
 
 
+def test_stop_from_a_signal_that_arrives_while_the_communicator_is_being_woken_is_harmless(two):
+    # 1. the first gradient wakes the communicator;  2. in the middle of that a signal's handler calls stop().
+    ranks = two(samples=10**6)
+    (averaging, *_), wake = ranks.averagings, ranks.averagings[0]._communicator._wake
+
+    class Interrupted:
+        get = wake.get
+
+        def put(self, token):
+            averaging.stop()
+            wake.put(token)
+
+    averaging._communicator._wake = Interrupted()
+    ranks.network.deliver_at_once = True
+    ranks.step(0)
+    ranks.step(1)
+    raise_any(wait_all([a.wait_end for a in ranks.averagings]))
+    assert averaging.pace.end is End.STOP
+
+
 def test_stop_ends_all_in_the_same_round_without_a_last_average():
     _, models, attached = attach_points([0.0, 8.0], lr=1.0)
 

@@ -6,6 +6,7 @@ It owns the group, the round's flat buffer and the agreement (`Pace`). What goes
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -45,21 +46,29 @@ class Communicator(threading.Thread):
         self._algorithm, self._group, self._replica, self._pace = algorithm, group, replica, pace
         self._phase, self._means, self._record = phase, means, record
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
-        self._begun = threading.Event()
+        # A signal's handler may call `begin` in the middle of another `begin`: SimpleQueue.put is made for that, while
+        # Event.set takes a lock that the handler might find taken, by the very thread that it interrupts.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._has_begun = False
+        self._is_awake = False
         self._closing = threading.Event()
         self._arrived_s: float | None = None
         self._round_s, self._round_parts = 0.0, 0
         self._buffer = replica.fences.host_buffer(0, replica.layout.dtype)
 
     def begin(self) -> None:
-        """Training thread: the first gradient is there, rounds may begin. Until then the model may still be loaded."""
-        if not self._begun.is_set():  # set() takes a lock, which a signal's handler calling stop() might find taken
-            self._begun.set()
+        """Training thread, its signal handlers too: the first gradient is there, rounds may begin.
+
+        Until then the model may still be loaded.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            self._wake.put(None)
 
     def close(self) -> None:
         """Training thread: leave at the next opportunity, without the others' agreement."""
         self._closing.set()
-        self._begun.set()
+        self.begin()
 
     def run(self) -> None:
         """The thread's body."""
@@ -97,7 +106,9 @@ class Communicator(threading.Thread):
         raise ProtocolError(f"{self._where()}: the communicator cannot answer {type(request).__name__}")
 
     def _wait_due(self, not_before_s: float) -> Stop | None:
-        self._begun.wait()  # ended by begin() or close(), which leaving the `with` block calls
+        if not self._is_awake:
+            self._wake.get()  # ended by begin() or close(), which leaving the `with` block calls
+            self._is_awake = True
         if self.failure is None:
             since_s = time.monotonic() - self._arrived_s if self._arrived_s is not None else 0.0
             self._closing.wait(max(0.0, not_before_s - since_s))
