@@ -119,6 +119,12 @@ class Pace:
         # communicator on a machine with more busy threads than cores waits milliseconds to have it back.
         self._table = self._header.numpy()
         self._was_sick: frozenset[int] = frozenset()
+        self._agreed_on: Mean | None = None
+
+    @property
+    def local_steps_between_rounds(self) -> int:
+        """`steps_per_round` as a whole number, for algorithms that count their own local steps."""
+        return max(1, round(self.steps_per_round))
 
     @property
     def progress(self) -> float:
@@ -135,9 +141,13 @@ class Pace:
         return self._header
 
     def agree(self, outcome: Mean | Failure) -> None:
-        """Draws every conclusion from one round's summed header; a Failure leaves all as it was."""
-        if isinstance(outcome, Failure):
+        """Draws every conclusion from one round's summed header; a Failure leaves all as it was.
+
+        Takes in each Mean once: ranks in one process, which are given the same one, may share an agreement.
+        """
+        if isinstance(outcome, Failure) or outcome is self._agreed_on:
             return
+        self._agreed_on = outcome
         table = outcome.header.numpy()
         self.round += 1
         self.samples = int(table[:, Column.SAMPLES].sum())

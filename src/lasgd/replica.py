@@ -145,10 +145,7 @@ class Replica:
                 self._to_adopt = set(range(len(self.fragments)))
             if self._to_adopt:
                 window.sent.zero_()
-            values = window.sent if self._host is None else self._host[: fragment.size]
-            if values is not window.sent:
-                values.copy_(window.sent, non_blocking=True)
-                self.fences.wait_copied()
+            values = self._to_host(window)
         return Contribution(values, weight=0.0 if self._to_adopt else 1.0, begin=fragment.begin)
 
     @torch.no_grad()
@@ -184,6 +181,44 @@ class Replica:
                         self._arrived.append(index)
                 self.fences.corrected()
             self.fences.wait_copied()
+
+    @torch.no_grad()
+    def gradient(self) -> Contribution:
+        """All gradients and, behind them, the buffers, a copy, (D,); a missing gradient counts as zeros.
+
+        Zeros of weight 0 where something is NaN or Inf. Needs a vector in one fragment; by the thread that trains.
+        """
+        (window,) = self._windows
+        with self.fences.communicating():
+            self.fences.before_reading()
+            for section in (Section.EXACT, Section.COARSE):
+                for view, parameter in zip(window.sent_views[section], window.live(section), strict=True):
+                    view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+            window.copy_parts(window.sent_views, (Section.BUFFER,))
+            is_finite = self._is_finite(window.sent)
+            if not is_finite:
+                window.sent.zero_()
+            values = self._to_host(window)
+        return Contribution(values, weight=float(is_finite), is_gradient=True)
+
+    @torch.no_grad()
+    def set_gradient(self, outcome: Mean | Failure) -> None:
+        """g_i <- g, and the buffers' mean, in place; makes gradients that are missing. A Failure changes nothing."""
+        if isinstance(outcome, Failure) or outcome.values is None:
+            return
+        (window,) = self._windows
+        with self.fences.communicating():
+            window.residual.copy_(self._on_device(outcome.values))
+            self.fences.corrected()
+            self.fences.wait_copied()
+        self.fences.before_merge()
+        for section in (Section.EXACT, Section.COARSE):
+            for mean, parameter in zip(window.residual_views[section], window.live(section), strict=True):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(mean)
+        window.show_parts(window.residual_views, (Section.BUFFER,))
+        self.fences.merged()
 
     def freeze(self) -> None:
         """From now on merges show nothing: the end is agreed, and x will become the last exact average."""
@@ -345,6 +380,14 @@ class Replica:
     def _is_finite(self, values: Tensor) -> bool:
         torch.linalg.vector_norm(values, ord=torch.inf, out=self._norm)
         return math.isfinite(self._norm.item())
+
+    def _to_host(self, window: _Window) -> Tensor:
+        """What the window holds to be sent, in CPU memory."""
+        if self._host is None:
+            return window.sent
+        values = self._host[: window.fragment.size].copy_(window.sent, non_blocking=True)
+        self.fences.wait_copied()
+        return values
 
     def _on_device(self, values: Tensor) -> Tensor:
         if self._arriving is None:

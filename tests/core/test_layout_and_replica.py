@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lasgd.algorithms.requests import Mean
+from lasgd.algorithms.requests import Failure, Mean
 from lasgd.errors import ConfigurationError
 from lasgd.layout import Layout, Section
 from lasgd.replica import Holding, Replica
@@ -430,3 +430,66 @@ def test_a_parameter_that_is_renamed_after_attach_is_named_in_the_error():
     torch.nn.utils.parametrizations.weight_norm(model)
     with pytest.raises(ConfigurationError, match="'weight' has been renamed or removed"):
         replica.snapshot(replica.next_fragment(1))
+
+
+# Gradients, for algorithms that average them
+
+
+class Mixed(nn.Module):
+    """A parameter of each precision, one that has no gradient, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.coarse = nn.Parameter(torch.tensor([3.0], dtype=torch.bfloat16))
+        self.unused = nn.Parameter(torch.tensor([4.0]))
+        self.register_buffer("seen", torch.tensor([5.0]))
+
+
+def test_gradients_travel_whole_with_zeros_for_missing_ones_and_the_buffers_behind():
+    model = Mixed()
+    model.fine.grad, model.coarse.grad = torch.tensor([0.5, -0.5]), torch.tensor([2.0], dtype=torch.bfloat16)
+    replica = Replica(model, Tally(1))
+    sent = replica.gradient()
+    assert sent.is_gradient and sent.weight == 1.0
+    assert sent.values.tolist() == [0.5, -0.5, 0.0, 2.0, 5.0]  # fine, unused, coarse, buffer
+    replica.set_gradient(Mean(torch.tensor([1.0, 2.0, 3.0, 4.0, 6.0]), torch.empty(0)))
+    assert model.fine.grad.tolist() == [1.0, 2.0]
+    assert model.unused.grad.tolist() == [3.0]
+    assert (model.coarse.grad.dtype, model.coarse.grad.item()) == (torch.bfloat16, 4.0)
+    assert model.seen.tolist() == [6.0]
+    assert model.fine.tolist() == [1.0, 2.0], "parameters are the optimizer's"
+
+
+def test_a_gradient_that_is_not_finite_counts_with_weight_zero_and_is_replaced():
+    model = Mixed()
+    model.fine.grad = torch.tensor([float("inf"), 0.0])
+    replica = Replica(model, Tally(1))
+    sent = replica.gradient()
+    assert (sent.weight, sent.values.abs().sum().item()) == (0.0, 0.0)
+    replica.set_gradient(Mean(torch.ones(5), torch.empty(0)))
+    assert model.fine.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_failed_round_leaves_the_gradients_as_they_are():
+    model = Mixed()
+    model.fine.grad = torch.tensor([0.5, -0.5])
+    replica = Replica(model, Tally(1))
+    replica.gradient()
+    replica.set_gradient(Failure(RuntimeError("lost")))
+    assert model.fine.grad.tolist() == [0.5, -0.5] and model.unused.grad is None
+
+
+def test_an_adopted_average_is_shown_bit_for_bit_and_the_next_snapshot_is_of_the_replica_again():
+    model = Point([0.1, 0.2, 0.3])
+    replica = Replica(model, Tally(1))
+    fragment = replica.next_fragment(1)
+    replica.snapshot(fragment)
+    mean = torch.tensor([1 / 3, 2 / 3, 1.0])
+    replica.adopt(fragment, Mean(mean, torch.empty(0)))
+    replica.show_average()
+    assert torch.equal(model.x, mean)
+    with torch.no_grad():
+        model.x += 1  # a local step
+    assert torch.equal(replica.snapshot(fragment).values, model.x)
+    assert replica.deferred_merges == 0

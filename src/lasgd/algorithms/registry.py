@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from lasgd.algorithms import independent, lasgd
+from lasgd.algorithms import independent, lasgd, local_sgd, sync_sgd
 from lasgd.algorithms.requests import Answer, Request
 from lasgd.errors import unknown
 from lasgd.pace import Pace
@@ -16,20 +16,31 @@ Part = Callable[[Replica, Pace], Generator[Request, Answer, None]]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Two activities that never wait for each other, and what they promise of the end."""
+    """One or two activities of a rank, and what they promise.
+
+    Two never wait for each other. An algorithm without `communicate` asks within `compute`, and waits.
+    """
 
     name: str
     compute: Part
-    communicate: Part
-    ends_identical: bool
+    communicate: Part | None
+    agrees: bool = True
+    """The ranks agree on progress and the end, through the header; else each goes by itself."""
+    ends_identical: bool = True
     """All replicas are equal, bit for bit, at the agreed end."""
+    takes_fragments: bool = False
+    """The vector may be cut; else it is averaged whole."""
+    lets_ranks_leave: bool = True
+    """A rank may take fewer local steps than the others and still end with them."""
 
 
 _ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm("lasgd", lasgd.compute, lasgd.communicate, ends_identical=True),
-        Algorithm("independent", independent.compute, independent.communicate, ends_identical=False),
+        Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True),
+        Algorithm("local_sgd", local_sgd.compute, None),
+        Algorithm("sync_sgd", sync_sgd.compute, None, lets_ranks_leave=False),
+        Algorithm("independent", independent.compute, independent.communicate, agrees=False, ends_identical=False),
     )
 }
 

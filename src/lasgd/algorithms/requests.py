@@ -3,6 +3,8 @@
 An algorithm is a pair of generators, `compute` and `communicate`. Each yields one of the requests below and receives
 the answer named beside it; a driver (real ranks, virtual time, a test's script) carries the request out. Failures are
 answers too: nothing is thrown into an algorithm.
+
+What `compute` asks for beside Gradient and Update makes the rank wait.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Contribution:
     values: Tensor  # (d,) flat, owned by the replica, valid until its next snapshot
     weight: float
     begin: int = 0  # where in the whole vector the values lie
+    is_gradient: bool = False  # else a replica, or a part of one
 
 
 @dataclass(frozen=True)

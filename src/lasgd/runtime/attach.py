@@ -62,10 +62,10 @@ def attach(
 
     samples          the budget of all ranks together; the run ends for all in the round that finds it reached
     batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
-    algorithm        "lasgd", or "independent": no communication, the yardstick
+    algorithm        "lasgd"; "local_sgd" and "sync_sgd", which wait; "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
-    fragments        parts of the vector, one per round; "auto": as the network's delay asks, 1 to 20 (pace.Delay)
-    steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s
+    fragments        parts of the vector, one per round, for "lasgd"; "auto": as the network's delay asks, 1 to 20
+    steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s; H of "local_sgd"
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
     keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one
     timeout_s        seconds without a finished round after which the silent ranks are reported
@@ -88,7 +88,8 @@ def attach(
         raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
     found = registry.find(algorithm)
     tally = Tally(batch_size)
-    replica = Replica(model, tally, 1 if fragments == "auto" else fragments, merge_rule(merge))
+    cut = fragments if found.takes_fragments else 1
+    replica = Replica(model, tally, 1 if cut == "auto" else cut, merge_rule(merge))
     check_optimizers(optimizers)
     _check_parameters(model, optimizers)
     for name, tensor in unique_state(model).items():
@@ -120,7 +121,7 @@ def attach(
             found,
             group,
             replica,
-            Pace(group.world_size, samples, steps_per_round, fragments, evaluations, checkpoints),
+            Pace(group.world_size, samples, steps_per_round, cut, evaluations, checkpoints),
             keep_mean=keep_mean,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lasgd.algorithms.registry import Algorithm
-from lasgd.algorithms.requests import Gradient, Update
+from lasgd.algorithms.requests import AllReduceMean, Failure, Gradient, Mean, Update
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
 from lasgd.group.base import Group
 from lasgd.pace import End, Pace
@@ -68,7 +68,7 @@ class Averaging:
             self._means.keep()
         self._recorders: list[Record] = []
         self._communicator = Communicator(
-            algorithm.communicate(replica, pace),
+            algorithm.communicate(replica, pace) if algorithm.communicate else None,
             group,
             replica,
             pace,
@@ -80,6 +80,9 @@ class Averaging:
         )
         self._compute = algorithm.compute(replica, pace)
         self._request: Any = None
+        self._since_s = 0.0  # when the training thread began what it is computing now
+        self._has_waited = False  # within the present local step
+        self._averages_gradients = False
         self._pid = os.getpid()
         self._is_averaged = False
         self._digests = 0
@@ -126,7 +129,7 @@ class Averaging:
         """
         self._phase.move("start", 0)
         self._request = next(self._compute)
-        self.first_step_s = time.monotonic()
+        self.first_step_s = self._since_s = time.monotonic()
         self.tally.start_clock(self.first_step_s)
         self._communicator.start()
 
@@ -159,7 +162,12 @@ class Averaging:
             raise ConfigurationError("a step before the averaging has started: put the loop into `with averaging:`")
         if isinstance(self._request, Gradient):
             self._communicator.begin()
-            self._request = self._compute.send(None)
+            self._advance()
+        if self._request is None:
+            raise ConfigurationError(
+                f"rank {self.rank}: a local step after the agreed end, which {self._algorithm.name} cannot take back. "
+                "Leave the loop when averaging.finished"
+            )
         if not isinstance(self._request, Update):
             raise ProtocolError(
                 f"rank {self.rank}: the algorithm asked for {self._request!r} between gradient and update"
@@ -169,12 +177,42 @@ class Averaging:
         if os.getpid() != self._pid:
             return
         self._raise_failure()
-        now_s, begin_s = time.monotonic(), self.tally.boundary_s
+        now_s = time.monotonic()
         self.tally.count_step(now_s)
         self.tally.samples -= skipped * self.tally.batch_size
-        for record in self._recorders:
-            record("compute", begin_s, now_s)
-        self._request = self._compute.send(None)
+        self._record("update" if self._has_waited else "compute", self._since_s, now_s)
+        self._since_s, self._has_waited = now_s, False
+        self._advance()
+        if self._averages_gradients and self._means.is_wanted(self.pace):
+            # Replicas do not differ, so each is the mean.
+            self._means.take(0, self.replica.snapshot(self.replica.fragments[0]).values, self.pace)
+
+    def _advance(self) -> None:
+        """Drives `compute` on to a Gradient or an Update; what it asks for in between makes this rank wait."""
+        try:
+            request = self._compute.send(None)
+            while isinstance(request, AllReduceMean):
+                request = self._compute.send(self._wait_answer(request))
+        except StopIteration:
+            request = None
+            self._communicator.finish()
+        self._request = request
+
+    def _wait_answer(self, request: AllReduceMean) -> Mean | Failure:
+        begin_s = time.monotonic()
+        outcome = self._communicator.wait_answer(request)
+        self._raise_failure()
+        now_s = time.monotonic()
+        self._averages_gradients = request.sent.is_gradient
+        self.tally.waited_s += now_s - begin_s
+        if isinstance(self._request, Gradient):  # within a local step, whose first part ends here
+            self._record("compute", self._since_s, begin_s)
+            self._has_waited = True
+        else:
+            self.tally.start_clock(now_s)
+        self._record("wait", begin_s, now_s)
+        self._since_s = now_s
+        return outcome
 
     # The end
 
@@ -209,18 +247,32 @@ class Averaging:
             raise ConfigurationError(f"wait_end comes between start and close; this averaging is {now}")
         begin_s = time.monotonic()
         self.tally.has_left = True
-        if not self._algorithm.ends_identical and self.pace.end is None:
+        if not self._algorithm.agrees and self.pace.end is None:
             self.pace.count_alone(self.tally)
         self._communicator.begin()
+        if self._algorithm.communicate is None:
+            self._answer_without_steps()
+            begin_s = time.monotonic()
         while not self._communicator.ended.wait(1.0):
             if not self._communicator.is_alive() and not self._communicator.ended.is_set():
                 raise ProtocolError(f"rank {self.rank}: the communicator's thread is gone")
         self._raise_failure()
-        if self.pace.end in (End.SAMPLES, End.LEFT) and self._algorithm.ends_identical:
+        if self.pace.end in (End.SAMPLES, End.LEFT):
             self.replica.show_average()
         self._is_averaged = True
         # Before the agreed end this was waiting; after it there is nothing left to do.
         self.tally.waited_s += max(0.0, (self._communicator.end_agreed_s or begin_s) - begin_s)
+
+    def _answer_without_steps(self) -> None:
+        """For a rank that has left an algorithm that waits: takes part in the others' rounds until the agreed end."""
+        if self._request is not None and not self._algorithm.lets_ranks_leave:
+            raise ConfigurationError(
+                f"rank {self.rank} of {self.world_size}: its loop has ended after {self.tally.samples:,} samples, but "
+                f"{self._algorithm.name} needs every rank in every step until the agreed end. Loop over the data until "
+                "averaging.finished"
+            )
+        while self._request is not None:
+            self._advance()
 
     def wait_identical(self, timeout_s: float) -> bool:
         """Compares the SHA-256 of what is averaged over all ranks; after `wait_end`, on all ranks."""

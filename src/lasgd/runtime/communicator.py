@@ -1,4 +1,4 @@
-"""The background thread: runs an algorithm's `communicate` over a group.
+"""The background thread: runs an algorithm's `communicate` over a group, or serves one that waits.
 
 It owns the group, the round's flat buffer and the agreement (`Pace`). What goes wrong here becomes a value,
 `failure`, that the training thread meets at its next step boundary. It never dies quietly: `ended` is always set.
@@ -23,12 +23,16 @@ Record = Callable[[str, float, float], None]
 """(kind, begin_s, end_s), both of time.monotonic()."""
 
 
+LOOK_S = 1.0
+"""While the training thread waits for a round, how often it looks whether this thread is still there."""
+
+
 class Communicator(threading.Thread):
     """One rank's communicator."""
 
     def __init__(
         self,
-        algorithm: Generator[Request, Answer, None],
+        algorithm: Generator[Request, Answer, None] | None,
         group: Group,
         replica: Replica,
         pace: Pace,
@@ -51,6 +55,8 @@ class Communicator(threading.Thread):
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._has_begun = False
         self._is_awake = False
+        self._asked: queue.SimpleQueue[AllReduceMean | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._arrived_s: float | None = None
         self._round_s, self._round_parts = 0.0, 0
@@ -69,11 +75,33 @@ class Communicator(threading.Thread):
         """Training thread: leave at the next opportunity, without the others' agreement."""
         self._closing.set()
         self.begin()
+        self.finish()
+
+    def wait_answer(self, request: AllReduceMean) -> Mean | Failure:
+        """Training thread, of an algorithm that waits: has the request carried out here.
+
+        Ends because rounds do, each within its time-out, and because this thread never dies without an answer.
+        """
+        self._asked.put(request)
+        while True:
+            try:
+                return self._answers.get(timeout=LOOK_S)
+            except queue.Empty:
+                if self.ended.is_set() and self._answers.empty():
+                    cause = self.failure or ProtocolError(f"{self._where()}: the communicator has ended")
+                    return Failure(cause)
+
+    def finish(self) -> None:
+        """Training thread, of an algorithm that waits: it has come to its end and asks for nothing more."""
+        self._asked.put(None)
 
     def run(self) -> None:
         """The thread's body."""
         try:
-            self._drive()
+            if self._algorithm is None:
+                self._serve()
+            else:
+                self._drive(self._algorithm)
             if self.failure is None and not self._closing.is_set():
                 self._note_end()
                 self._raise_if_diverged()
@@ -85,14 +113,20 @@ class Communicator(threading.Thread):
             wrapped.__cause__ = error
             self._fail(wrapped)
         finally:
-            self._algorithm.close()
+            if self._algorithm is not None:
+                self._algorithm.close()
             self.ended.set()
 
-    def _drive(self) -> None:
+    def _serve(self) -> None:
+        """For algorithms that wait: carries out what the training thread hands over, until it has nothing more."""
+        while (request := self._asked.get()) is not None:
+            self._answers.put(self._all_reduce_mean(request))
+
+    def _drive(self, algorithm: Generator[Request, Answer, None]) -> None:
         answer: Answer = None
         while True:
             try:
-                request = self._algorithm.send(answer)
+                request = algorithm.send(answer)
             except StopIteration:
                 return
             self._note_end()
@@ -130,7 +164,7 @@ class Communicator(threading.Thread):
             self._group.rank,
             replica.tally,
             sent.weight,
-            replica.is_sitting_out,
+            replica.is_sitting_out or sent.weight == 0,
             self._round_s,
             self._round_parts,
         )
@@ -149,7 +183,7 @@ class Communicator(threading.Thread):
         if weight == 0:
             return Mean(None, header)
         mean = Mean(vector.div_(weight), header)
-        if not request.exact:
+        if not request.exact and not sent.is_gradient:
             self._means.take(sent.begin, vector, self._pace)
         return mean
 

@@ -63,6 +63,12 @@ class MeanKeeper:
         """Before the start: collect a mean when an evaluation is due, and hand it over on the communicator's thread."""
         self._deliver = deliver
 
+    def is_wanted(self, pace: Pace) -> bool:
+        """Somebody would use a mean of this moment."""
+        if self._kept is not None or self._collecting is not None:
+            return True
+        return self._deliver is not None and pace.evaluation > self._evaluation
+
     def take(self, begin: int, values: Tensor, pace: Pace) -> None:
         """Communicator: one round's mean of the elements from `begin` on. Copies what it needs."""
         if self._kept is not None:

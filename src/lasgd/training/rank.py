@@ -194,7 +194,7 @@ class _Run:
 
     def _record(self, kind: str, begin_s: float, end_s: float) -> None:
         self.timeline.add(kind, begin_s, end_s)
-        if kind == "compute":
+        if kind in ("compute", "update"):
             self.compute_s += end_s - begin_s
 
     def _save_mean(self, mean: KeptMean) -> None:

@@ -36,13 +36,13 @@ class Settings(BaseModel):
     """Normalisation of the built-in models."""
 
     algorithm: str = "lasgd"
-    """How the ranks come to agree; `independent` never communicates (the yardstick for retention)."""
+    """How the ranks come to agree. `local_sgd` and `sync_sgd` wait for each other, `independent` never communicates."""
     merge: str = "full"
     """Merge rule: how much of a correction the replica shows at the step boundary."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
     steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """A round at most every so many local steps of the median rank; one every 30 s in any case."""
+    """A round at most every so many local steps of the median rank, one every 30 s in any case; H of `local_sgd`."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Local ranks to start; under torchrun the environment decides."""
 
