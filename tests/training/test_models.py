@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lasgd.errors import ConfigurationError
-from lasgd.training.models import BUILT_IN, build_model, check_model
+from lasgd.training.models import BUILT_IN, StandardisedConv2d, build_model, check_model
 from lasgd.training.settings import BUILT_IN_MODELS
 
 
@@ -170,3 +170,32 @@ def test_a_model_that_does_not_fit_the_data_is_told_before_the_first_step():
         ConfigurationError, match=r"gives a tensor of shape \(2, 10\). Expected logits of shape \(2, 5\)"
     ):
         check_model(model, channels=3, image_size=8, num_classes=5)
+
+
+def test_a_standardised_filter_is_used_with_mean_zero_and_length_one_whatever_its_parameters():
+    torch.manual_seed(0)
+    conv = StandardisedConv2d(3, 4, 3, bias=False)
+    images = torch.randn(2, 3, 8, 8)
+    before = conv(images)
+    with torch.no_grad():
+        conv.weight.mul_(torch.tensor([1.0, 2.0, 5.0, 0.5]).view(-1, 1, 1, 1)).add_(3.0)
+    assert torch.allclose(conv(images), before, atol=1e-2)  # the least length shows in short filters
+    unit = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
+    unit = unit / unit.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert torch.allclose(conv(images), nn.functional.conv2d(images, unit), atol=1e-2)
+
+
+def test_a_standardised_filter_of_zeros_gives_zeros_and_a_finite_gradient():
+    conv = StandardisedConv2d(3, 4, 3, bias=False)
+    nn.init.zeros_(conv.weight)
+    out = conv(torch.randn(2, 3, 8, 8))
+    out.square().sum().backward()
+    assert not out.any() and conv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm, kind", [("group", StandardisedConv2d), ("batch", nn.Conv2d)])
+def test_residual_networks_standardise_their_convolutions_with_group_norm_only(norm, kind):
+    model = build_model("resnet20", num_classes=10, channels=3, norm=norm)
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Conv2d)}
+    assert kinds == {kind}
+    assert sum(p.numel() for p in model.parameters()) == 269_722

@@ -24,6 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lasgd.errors import ConfigurationError, unknown
 
 GROUPS = 8
+LEAST_SQUARED_LENGTH = 1e-4
+"""Added to a filter's squared length, so that one of zeros divides nothing by zero."""
 
 Norm = Callable[[int], nn.Module]  # channels -> normalisation
 NORMS: dict[str, Norm] = {"group": lambda channels: nn.GroupNorm(GROUPS, channels), "batch": nn.BatchNorm2d}
@@ -109,15 +111,17 @@ class ResNet(nn.Module):
 
     Source: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition" (2016), section 4.2. Three
     stages of n blocks with 16, 32 and 64 channels; shortcuts without parameters (their option A). Most blocks
-    start as their shortcut, see `_Block`.
+    start as their shortcut, see `_Block`. With GroupNorm the convolutions are standardised.
     """
 
     def __init__(self, n: int, num_classes: int, channels: int, norm: Norm) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv3x3(channels, 16), norm(16), nn.ReLU(inplace=True))
-        blocks = [_Block(16, 16, 1, norm) for _ in range(n)]
+        conv = StandardisedConv2d if isinstance(norm(16), nn.GroupNorm) else nn.Conv2d
+        self.stem = nn.Sequential(_conv3x3(channels, 16, 1, conv), norm(16), nn.ReLU(inplace=True))
+        blocks = [_Block(16, 16, 1, norm, conv) for _ in range(n)]
         for before, width in ((16, 32), (32, 64)):
-            blocks += [_Block(before, width, 2, norm), *(_Block(width, width, 1, norm) for _ in range(n - 1))]
+            blocks += [_Block(before, width, 2, norm, conv)]
+            blocks += [_Block(width, width, 1, norm, conv) for _ in range(n - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
         _initialise(self)
@@ -136,12 +140,16 @@ class _Block(nn.Module):
     ReLU at 0 is 0, so that these channels would never learn.
     """
 
-    def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(self, before: int, width: int, stride: int, norm: Norm, conv: type[nn.Conv2d]) -> None:
         super().__init__()
         self.stride = stride
         self.new_channels = width - before
         self.change = nn.Sequential(
-            _conv3x3(before, width, stride), norm(width), nn.ReLU(inplace=True), _conv3x3(width, width), norm(width)
+            _conv3x3(before, width, stride, conv),
+            norm(width),
+            nn.ReLU(inplace=True),
+            _conv3x3(width, width, 1, conv),
+            norm(width),
         )
         if not self.new_channels:
             nn.init.zeros_(self.change[-1].get_parameter("weight"))
@@ -153,8 +161,23 @@ class _Block(nn.Module):
         return functional.relu(self.change(x) + kept)
 
 
-def _conv3x3(before: int, width: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are used with mean 0 and length 1, whatever their parameters' mean and length.
+
+    Source: S. Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization" (2019),
+    arXiv 1903.10520. Made for GroupNorm, which takes the scale out again: with it training on small batches is about
+    as quick as with BatchNorm, without it far slower.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As Conv2d's, (B, C, H, W) to (B, D, H', W')."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        length = torch.sqrt(variance * self.weight[0].numel() + LEAST_SQUARED_LENGTH)
+        return self._conv_forward(input, (self.weight - mean) / length, self.bias)
+
+
+def _conv3x3(before: int, width: int, stride: int = 1, conv: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    return conv(before, width, 3, stride=stride, padding=1, bias=False)
 
 
 def _initialise(model: nn.Module) -> None:
