@@ -76,13 +76,12 @@ class Rank:
 class _Process:
     """One generator of one rank."""
 
-    __slots__ = ("arrived_s", "asked", "index", "is_compute", "name", "pace", "rank", "round_parts", "round_s", "send")
+    __slots__ = ("arrived_s", "index", "is_compute", "name", "pace", "rank", "round_parts", "round_s", "send")
 
     def __init__(self, index: int, rank: Rank, pace: Pace, name: str, text: Generator[Request, Answer, None]):
         self.index, self.rank, self.pace, self.name = index, rank, pace, name
         self.is_compute = name == "compute"
         self.send = text.send
-        self.asked: Request | None = None
         self.arrived_s: float | None = None
         self.round_s, self.round_parts = 0.0, 0
 
@@ -176,7 +175,6 @@ class Cluster:
                 self._update(process)
                 answer = None
                 continue
-            process.asked = request
             if isinstance(request, NextRound):
                 self._wait_due(process, request)
             elif isinstance(request, AllReduceMean):
@@ -252,7 +250,6 @@ class Cluster:
                 self._record(index, "round", joined_s, self.now_s)
             if process.is_compute:
                 process.rank.tally.waited_s += self.now_s - joined_s
-            process.asked = None
             self._advance(process, mean)
 
     # The clock
