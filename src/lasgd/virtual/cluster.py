@@ -1,6 +1,6 @@
 """The virtual-time driver: runs an algorithm's own text on every rank of a cluster, on a clock of its own.
 
-    cluster = Cluster(algorithm, ranks, pace, durations, all_reduce_s)
+    cluster = Cluster(lasgd.compute, lasgd.communicate, ranks, [pace], all_reduce_s, vector_bytes)
     cluster.run()
 
 Each rank is two processes, the algorithm's `compute` and `communicate` generators; what they ask for takes virtual
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
@@ -86,12 +86,8 @@ class _Process:
         self.round_s, self.round_parts = 0.0, 0
 
 
-@dataclass
-class _Collective:
-    """An all-reduce that ranks are joining."""
-
-    joined: dict[int, tuple[_Process, AllReduceMean, float]] = field(default_factory=dict)
-
+_Joined = dict[int, tuple[_Process, AllReduceMean, float]]
+"""By rank: who has joined an all-reduce, what it brings, and since when it waits."""
 
 _STEP, _WAKE, _MEAN = range(3)
 
@@ -120,7 +116,7 @@ class Cluster:
         self._paces, self._all_reduce_s, self._vector_bytes, self._record = paces, all_reduce_s, vector_bytes, record
         self._heap: list[tuple[float, int, int, Any]] = []
         self._order = 0
-        self._joining = _Collective()
+        self._joining: _Joined = {}
         self._table = torch.zeros(len(ranks), len(Column), dtype=torch.float64)
         self._rows: list[tuple[float, ...]] = [()] * len(ranks)
         self._waiting_for_gradient: dict[int, tuple[_Process, float]] = {}
@@ -146,7 +142,7 @@ class Cluster:
                 self._advance(who, None)
             else:
                 self._deliver(*who)
-        if self._joining.joined or self._waiting_for_gradient:
+        if self._joining or self._waiting_for_gradient:
             raise ProtocolError(self._deadlock())
         for rank in self.ranks:
             rank.replica.show_average()  # where the text has left one to be shown
@@ -225,11 +221,11 @@ class Cluster:
             replica.tally, request.sent.weight, replica.is_sitting_out, process.round_s, process.round_parts
         )
         process.round_parts = len(replica.fragments)
-        joined = self._joining.joined
+        joined = self._joining
         joined[index] = (process, request, self.now_s)
         if len(joined) < len(self.ranks):
             return
-        self._joining = _Collective()
+        self._joining = {}
         sizes = {one.sent.values.nbytes for _, one, _ in joined.values()}
         if len(sizes) > 1:
             raise ProtocolError(f"round {self.rounds + 1}: ranks contribute vectors of {sorted(sizes)} bytes")
@@ -237,7 +233,7 @@ class Cluster:
         seconds = self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
         self._at(self.now_s + seconds, _MEAN, (joined, n_bytes))
 
-    def _deliver(self, joined: dict[int, tuple[_Process, AllReduceMean, float]], n_bytes: int) -> None:
+    def _deliver(self, joined: _Joined, n_bytes: int) -> None:
         self.rounds += 1
         self._table.numpy()[:] = self._rows
         mean = Mean(_mean([joined[index][1] for index in range(len(self.ranks))]), self._table)
@@ -261,7 +257,7 @@ class Cluster:
         heappush(self._heap, (time_s, self._order, what, who))
 
     def _deadlock(self) -> str:
-        joined = sorted(self._joining.joined)
+        joined = sorted(self._joining)
         missing = sorted(set(range(len(self.ranks))) - set(joined))
         lines = [f"virtual time {self.now_s:g} s: nothing can happen any more."]
         if joined:
