@@ -25,9 +25,10 @@ def attach(model, group, algorithm, **options):
 def run_ranks(n, algorithm, loop, network=None, **options):
     """Every rank in its own thread, from attach to the end; (model, averaging) of each, or what it raised."""
     network = network or Network(n, deliver_at_once=True)
+    models = [small_model(seed=r) for r in range(n)]  # not in the threads, which share torch's generator
 
     def rank(r):
-        model = small_model(seed=r)
+        model = models[r]
         averaging, optimizer = attach(model, network.group(r), algorithm, **options)
         try:
             with averaging:
