@@ -87,7 +87,10 @@ class _Window:
 
 
 class Replica:
-    """A model as the algorithms see it. Keeps references to the model's tensors; changes them only in `merge`."""
+    """A model as the algorithms see it. Keeps references to the model's tensors.
+
+    Changes them only where it shows something: in `merge`, `show_average` and `set_gradient`.
+    """
 
     def __init__(self, model: nn.Module, tally: Tally, fragments: int = 1, rule: MergeRule | None = None):
         self.layout = Layout(model)

@@ -1,6 +1,6 @@
 """What an algorithm may ask of whoever drives it, and what it gets back.
 
-An algorithm is a pair of generators, `compute` and `communicate`. Each yields one of the requests below and receives
+An algorithm is one or two generators, `compute` and `communicate`. Each yields one of the requests below and receives
 the answer named beside it; a driver (real ranks, virtual time, a test's script) carries the request out. Failures are
 answers too: nothing is thrown into an algorithm.
 

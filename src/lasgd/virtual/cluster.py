@@ -76,11 +76,10 @@ class Rank:
 class _Process:
     """One generator of one rank."""
 
-    __slots__ = ("arrived_s", "index", "is_compute", "name", "pace", "rank", "round_parts", "round_s", "send")
+    __slots__ = ("arrived_s", "index", "is_compute", "pace", "rank", "round_parts", "round_s", "send")
 
-    def __init__(self, index: int, rank: Rank, pace: Pace, name: str, text: Generator[Request, Answer, None]):
-        self.index, self.rank, self.pace, self.name = index, rank, pace, name
-        self.is_compute = name == "compute"
+    def __init__(self, index: int, rank: Rank, pace: Pace, is_compute: bool, text: Generator[Request, Answer, None]):
+        self.index, self.rank, self.pace, self.is_compute = index, rank, pace, is_compute
         self.send = text.send
         self.arrived_s: float | None = None
         self.round_s, self.round_parts = 0.0, 0
@@ -128,12 +127,12 @@ class Cluster:
         for index, rank in enumerate(self.ranks):
             pace = self._paces[index % len(self._paces)]
             rank.tally.start_clock(0.0)
-            self._advance(_Process(index, rank, pace, "compute", self._compute(rank.replica, pace)), None)
+            self._advance(_Process(index, rank, pace, True, self._compute(rank.replica, pace)), None)
         if self._communicate is not None:
             for index, rank in enumerate(self.ranks):
                 pace = self._paces[index % len(self._paces)]
                 text = self._communicate(rank.replica, pace)
-                self._advance(_Process(index, rank, pace, "communicate", text), None)
+                self._advance(_Process(index, rank, pace, False, text), None)
         while heap:
             self.now_s, _, what, who = heappop(heap)
             if what == _STEP:
