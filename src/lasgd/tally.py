@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
+RECENT_STEPS = 9
+"""So many of the latest local steps say how long one takes."""
 
-@dataclass
+
+@dataclass(slots=True)
 class Staleness:
     """Local steps between a snapshot and the merge of its correction, over all merges so far."""
 
@@ -26,15 +28,13 @@ class Staleness:
         return self.total_steps / self.merges if self.merges else 0.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """One rank's counters. Plain numbers: another thread reads either the old or the new one."""
 
     batch_size: int
     local_steps: int = 0
     samples: int = 0
-    step_s: float = 0.0
-    """Seconds of a local step, boundary to boundary, lower median of the latest nine; 0 before the first."""
     waited_s: float = 0.0
     """Seconds in which the training thread stood still for the network, a lock or another rank."""
     staleness: Staleness = field(default_factory=Staleness)
@@ -47,15 +47,23 @@ class Tally:
 
     boundary_s: float = 0.0
     """time.monotonic() of the latest step boundary, or of the start."""
-    _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=9), repr=False)
+    recent_s: list[float] = field(default_factory=lambda: [0.0] * RECENT_STEPS, repr=False)
+    """Seconds of the latest local steps, boundary to boundary, in no order; 0 where there was none yet."""
 
     def count_step(self, now_s: float) -> None:
         """One more step boundary, at `now_s`."""
+        self.recent_s[self.local_steps % RECENT_STEPS] = now_s - self.boundary_s
         self.local_steps += 1
         self.samples += self.batch_size
-        self._recent_s.append(now_s - self.boundary_s)
-        self.step_s = sorted(self._recent_s)[(len(self._recent_s) - 1) // 2]
         self.boundary_s = now_s
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a local step, lower median of the latest nine; 0 before the first."""
+        ordered = sorted(self.recent_s)
+        if not ordered[0]:
+            ordered = [seconds for seconds in ordered if seconds] or [0.0]
+        return ordered[(len(ordered) - 1) // 2]
 
     def start_clock(self, now_s: float) -> None:
         """The first step begins at `now_s`."""

@@ -15,7 +15,7 @@ from lasgd.tally import Staleness, Tally
 
 
 def tally(samples=0, step_s=0.0, **flags) -> Tally:
-    return Tally(1, local_steps=samples, samples=samples, step_s=step_s, **flags)
+    return Tally(1, local_steps=samples, samples=samples, recent_s=[step_s], **flags)
 
 
 def agree(paces: list[Pace], tallies: list[Tally], weights=None, sick=(), round_s=0.0, parts=1) -> None:

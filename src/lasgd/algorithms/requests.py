@@ -25,7 +25,7 @@ class Update:
     """The optimizer's step. Answer: None."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class NextRound:
     """Wait until the next round is due. Answer: None."""
 
@@ -43,7 +43,7 @@ class Contribution:
     is_gradient: bool = False  # else a replica, or a part of one
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AllReduceMean:
     """The weighted mean of all members' contributions, with the sum of their headers. Answer: Mean or Failure."""
 

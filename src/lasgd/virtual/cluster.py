@@ -4,15 +4,15 @@
     cluster.run()
 
 Each rank is two processes, the algorithm's `compute` and `communicate` generators; what they ask for takes virtual
-time, and the clock jumps from one event to the next. A heap of (time, order, what, process) holds what is to come;
-`order` counts insertions, so events at the same time happen in the order in which they were foreseen, and the same
-input gives the same run.
+time, and the clock jumps from one moment to the next. `clock.py` keeps what is to come: things at the same moment
+happen in the order in which they were foreseen, so the same input gives the same run.
 
     request          answered
     Gradient         after the rank's next duration
     Update           at once; the optimizer's own time is part of the duration
     NextRound        not_before_s after the latest mean arrived here, but not before the rank's first gradient
-    AllReduceMean    all_reduce_s after the last rank has joined, on all ranks at the same time
+    AllReduceMean    all_reduce_s after the last rank has joined, on all ranks at the same time; gradients sooner, by
+                     what their buckets overlap with the backward pass
 
 All ranks share one agreement (`Pace`): its conclusions are equal on all ranks by construction, and it takes in each
 round once. Ranks that agree on nothing have one each.
@@ -20,25 +20,29 @@ round once. Ranks that agree on nothing have one each.
 
 from __future__ import annotations
 
-import math
+import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from struct import Struct
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lasgd.algorithms.requests import AllReduceMean, Answer, Gradient, Mean, NextRound, Request, Update
 from lasgd.errors import ConfigurationError, ProtocolError
 from lasgd.group.cost import ring_bytes_sent
 from lasgd.pace import Column, Pace, header_row
 from lasgd.tally import Tally
+from lasgd.virtual.buckets import NO_OVERLAP, Buckets
+from lasgd.virtual.clock import Clock
 
 AllReduceSeconds = Callable[[int, float], float]
 """(bytes, share of the whole vector) -> seconds, from when the last rank has joined."""
 
 Record = Callable[[int, str, float, float], None]
-"""(rank, kind, begin_s, end_s): `compute`, `round`, `wait`, as real runs record them."""
+"""(rank, kind, begin_s, end_s): `compute`, `round`, `wait`, `update`, as real runs record them."""
 
 
 class Work(Protocol):
@@ -53,7 +57,19 @@ class Work(Protocol):
         ...
 
 
-@dataclass
+class Means(Protocol):
+    """Who keeps means of the replicas, for evaluation: lasgd.runtime.means.MeanKeeper."""
+
+    def is_wanted(self, pace: Pace) -> bool:
+        """Somebody would use a mean of this moment."""
+        ...
+
+    def take(self, begin: int, values: Tensor, pace: Pace) -> None:
+        """One round's mean of the elements from `begin` on. Copies what it needs."""
+        ...
+
+
+@dataclass(slots=True)
 class Rank:
     """One rank of the cluster: what the caller brings, and what came of it."""
 
@@ -74,21 +90,58 @@ class Rank:
 
 
 class _Process:
-    """One generator of one rank."""
+    """One generator of one rank, and what the driver remembers of it."""
 
-    __slots__ = ("arrived_s", "index", "is_compute", "pace", "rank", "round_parts", "round_s", "send")
+    __slots__ = (
+        "act",
+        "arrived_s",
+        "duration_s",
+        "first_gradient",
+        "index",
+        "is_compute",
+        "joined_s",
+        "next_duration",
+        "pace",
+        "rank",
+        "request",
+        "round_parts",
+        "round_s",
+        "send",
+        "since_s",
+        "tally",
+    )
 
-    def __init__(self, index: int, rank: Rank, pace: Pace, is_compute: bool, text: Generator[Request, Answer, None]):
+    def __init__(
+        self,
+        index: int,
+        rank: Rank,
+        pace: Pace,
+        is_compute: bool,
+        text: Generator[Request, Answer, None],
+        act: Callable[[_Process], None],
+    ):
+        self.act = act  # when its moment has come
         self.index, self.rank, self.pace, self.is_compute = index, rank, pace, is_compute
-        self.send = text.send
-        self.arrived_s: float | None = None
+        self.send, self.next_duration, self.tally = text.send, rank.durations.__next__, rank.tally
+        self.duration_s = 0.0  # of the step under way or just done
+        self.since_s: float | None = None  # when it went on after waiting within the present step
+        self.first_gradient: tuple[_Process, float] | None = None  # who waits for it, and how long after it
+        self.request: AllReduceMean | None = None  # what it has joined with, and since when it waits
+        self.joined_s = 0.0
+        self.arrived_s: float | None = None  # when its latest mean came
         self.round_s, self.round_parts = 0.0, 0
 
 
-_Joined = dict[int, tuple[_Process, AllReduceMean, float]]
-"""By rank: who has joined an all-reduce, what it brings, and since when it waits."""
+class _Arrival:
+    """The end of an all-reduce."""
 
-_STEP, _WAKE, _MEAN = range(3)
+    __slots__ = ("act", "joined")
+
+    def __init__(self, act: Callable[[_Arrival], None], joined: Sequence[_Process]):
+        self.act, self.joined = act, joined  # by rank
+
+
+_ROW = Struct(f"{len(Column)}d")
 
 
 class Cluster:
@@ -103,182 +156,246 @@ class Cluster:
         all_reduce_s: AllReduceSeconds,
         vector_bytes: int,
         record: Record | None = None,
+        means: Means | None = None,
+        buckets: Buckets = NO_OVERLAP,
     ):
-        """`paces` has one agreement, for all ranks, or one for each. Raises ConfigurationError without any rank."""
+        """`paces` has one agreement, for all ranks, or one for each. Raises ConfigurationError without any rank.
+
+        `buckets`: how gradients are cut for their all-reduce, which then overlaps with the backward pass.
+        """
         if not ranks:
             raise ConfigurationError("a cluster needs at least one rank")
-        self.now_s = 0.0
+        self.clock = Clock()
         self.ended_s: float | None = None
         """When the end was agreed; on ranks that agree on nothing, when the first one ended."""
         self.rounds = 0
         self.ranks = ranks
-        self._paces, self._all_reduce_s, self._vector_bytes, self._record = paces, all_reduce_s, vector_bytes, record
-        self._heap: list[tuple[float, int, int, Any]] = []
-        self._order = 0
-        self._joining: _Joined = {}
-        self._table = torch.zeros(len(ranks), len(Column), dtype=torch.float64)
-        self._rows: list[tuple[float, ...]] = [()] * len(ranks)
-        self._waiting_for_gradient: dict[int, tuple[_Process, float]] = {}
         self._compute, self._communicate = compute, communicate
+        self._paces, self._all_reduce_s, self._vector_bytes = paces, all_reduce_s, vector_bytes
+        self._record, self._means, self._buckets = record, means, buckets
+        self._has_work = any(rank.work is not None for rank in ranks)
+        self._processes: list[_Process] = []  # of compute, by rank
+        self._joining: list[_Process | None] = [None] * len(ranks)  # by rank
+        self._n_joined = 0
+        self._bytes_sent = 0  # by each rank, in all-reduces
+        self._ready_s = 0.0  # when the last rank had the first bucket of its gradients
+        self._averages_gradients = False
+        self._table = torch.zeros(len(ranks), len(Column), dtype=torch.float64)
+        self._rows = memoryview(self._table.numpy()).cast("B")
+
+    @property
+    def now_s(self) -> float:
+        """Virtual seconds since the start."""
+        return self.clock.now_s
 
     def run(self) -> None:
         """Until every rank has ended. Raises ProtocolError where ranks wait for each other for ever."""
-        heap = self._heap
+        with _collecting_nothing(not self._has_work):
+            self._begin()
+            self.clock.run()
+        waiting = [process.index for process in self._processes if process.first_gradient is not None]
+        if self._n_joined or waiting:
+            raise ProtocolError(self._deadlock(waiting))
+        for rank in self.ranks:
+            rank.replica.show_average()  # where the text has left one to be shown
+            rank.bytes_sent += self._bytes_sent
+
+    def _begin(self) -> None:
         for index, rank in enumerate(self.ranks):
             pace = self._paces[index % len(self._paces)]
             rank.tally.start_clock(0.0)
-            self._advance(_Process(index, rank, pace, True, self._compute(rank.replica, pace)), None)
+            text = self._compute(rank.replica, pace)
+            self._processes.append(_Process(index, rank, pace, True, text, self._gradient_is_there))
+            self._advance(self._processes[-1])
         if self._communicate is not None:
             for index, rank in enumerate(self.ranks):
                 pace = self._paces[index % len(self._paces)]
                 text = self._communicate(rank.replica, pace)
-                self._advance(_Process(index, rank, pace, False, text), None)
-        while heap:
-            self.now_s, _, what, who = heappop(heap)
-            if what == _STEP:
-                self._gradient_is_there(who)
-            elif what == _WAKE:
-                self._advance(who, None)
-            else:
-                self._deliver(*who)
-        if self._joining or self._waiting_for_gradient:
-            raise ProtocolError(self._deadlock())
-        for rank in self.ranks:
-            rank.replica.show_average()  # where the text has left one to be shown
+                self._advance(_Process(index, rank, pace, False, text, self._advance))
 
     # Processes
 
-    def _advance(self, process: _Process, answer: Answer) -> None:
+    def _gradient_is_there(self, process: _Process) -> None:
+        """The end of a gradient's duration."""
+        if self._has_work:
+            process.rank.work.gradient()  # type: ignore[union-attr]  # all ranks have work, or none
+        if process.first_gradient is not None:
+            waiting, after_s = process.first_gradient
+            process.first_gradient = None
+            self.clock.at(self.clock.now_s + after_s, waiting)
+        self._advance(process)
+
+    def _advance(self, process: _Process, answer: Answer = None) -> None:
         """Resumes a process, and answers at once what takes no time."""
         send = process.send
-        while True:
-            try:
-                request = send(answer)
-            except StopIteration:
+        try:
+            request = send(answer)
+            while type(request) is Update:
+                self._update(process)
+                request = send(None)
+        except StopIteration:
+            self._close(process)
+            return
+        if type(request) is Gradient:
+            if process.pace.end is not None:
                 self._close(process)
                 return
-            kind = type(request)
-            if kind is Gradient:
-                if process.pace.end is not None:
-                    self._close(process)
-                    return
-                duration_s = next(process.rank.durations)
-                process.rank.compute_s += duration_s
-                self._at(self.now_s + duration_s, _STEP, process)
-                return
-            if kind is Update:
-                self._update(process)
-                answer = None
-                continue
-            if isinstance(request, NextRound):
-                self._wait_due(process, request)
-            elif isinstance(request, AllReduceMean):
-                self._join(process, request)
-            else:
-                raise ProtocolError(f"rank {process.index}: nobody can answer {kind.__name__} in virtual time")
-            return
-
-    def _gradient_is_there(self, process: _Process) -> None:
-        rank = process.rank
-        if rank.work is not None:
-            rank.work.gradient()
-        waiting = self._waiting_for_gradient.pop(process.index, None)
-        if waiting is not None:
-            self._at(self.now_s + waiting[1], _WAKE, waiting[0])
-        self._advance(process, None)
+            process.duration_s = duration_s = process.next_duration()
+            self.clock.at(self.clock.now_s + duration_s, process)
+        elif isinstance(request, NextRound):
+            self._wait_due(process, request)
+        elif isinstance(request, AllReduceMean):
+            self._join(process, request)
+        else:
+            raise ProtocolError(f"rank {process.index}: nobody can answer {type(request).__name__} in virtual time")
 
     def _update(self, process: _Process) -> None:
-        rank = process.rank
-        if rank.work is not None:
-            rank.work.update(process.pace.progress)
+        now_s, tally = self.clock.now_s, process.tally
+        if self._has_work:
+            process.rank.work.update(process.pace.progress)  # type: ignore[union-attr]
         if self._record is not None:
-            self._record(process.index, "compute", rank.tally.boundary_s, self.now_s)
-        rank.tally.count_step(self.now_s)
+            if process.since_s is None:
+                self._record(process.index, "compute", tally.boundary_s, now_s)
+            else:
+                self._record(process.index, "update", process.since_s, now_s)
+        process.since_s = None
+        tally.count_step(now_s)
+        if self._averages_gradients and process.index == 0 and self._means is not None:
+            self._keep_common_replica(process)
+
+    def _keep_common_replica(self, process: _Process) -> None:
+        """Where gradients are averaged replicas do not differ, and each is the mean."""
+        assert self._means is not None
+        if self._means.is_wanted(process.pace):
+            replica = process.rank.replica
+            self._means.take(0, replica.snapshot(replica.fragments[0]).values, process.pace)
 
     def _close(self, process: _Process) -> None:
+        tally = process.tally
         if process.is_compute:
-            process.rank.left_s = self.now_s
-            process.rank.tally.has_left = True
-        if self.ended_s is None and process.pace.end is not None:
-            self.ended_s = self.now_s
+            process.rank.left_s, process.rank.compute_s = self.clock.now_s, tally.boundary_s - tally.waited_s
+            tally.has_left = True
+        self._note_end(process.pace)
+
+    def _note_end(self, pace: Pace) -> None:
+        if self.ended_s is None and pace.end is not None:
+            self.ended_s = self.clock.now_s
 
     # Rounds
 
     def _wait_due(self, process: _Process, request: NextRound) -> None:
-        if process.arrived_s is None:
-            if process.rank.tally.local_steps == 0 and process.rank.left_s is None:
-                self._waiting_for_gradient[process.index] = (process, request.not_before_s)
-                return
-            due_s = self.now_s + request.not_before_s
+        now_s = self.clock.now_s
+        if process.arrived_s is not None:
+            self.clock.at(max(process.arrived_s + request.not_before_s, now_s), process)
+        elif process.tally.local_steps or process.rank.left_s is not None:
+            self.clock.at(now_s + request.not_before_s, process)
         else:
-            due_s = process.arrived_s + request.not_before_s
-        self._at(max(due_s, self.now_s), _WAKE, process)
+            self._processes[process.index].first_gradient = (process, request.not_before_s)
 
     def _join(self, process: _Process, request: AllReduceMean) -> None:
-        index, replica = process.index, process.rank.replica
-        self._rows[index] = header_row(
-            replica.tally, request.sent.weight, replica.is_sitting_out, process.round_s, process.round_parts
-        )
+        index, now_s, replica, sent = process.index, self.clock.now_s, process.rank.replica, request.sent
+        row = header_row(process.tally, sent.weight, replica.is_sitting_out, process.round_s, process.round_parts)
+        _ROW.pack_into(self._rows, index * _ROW.size, *row)
         process.round_parts = len(replica.fragments)
-        joined = self._joining
-        joined[index] = (process, request, self.now_s)
-        if len(joined) < len(self.ranks):
-            return
-        self._joining = {}
-        sizes = {one.sent.values.nbytes for _, one, _ in joined.values()}
+        process.request, process.joined_s = request, now_s
+        if sent.is_gradient:
+            before_s = self._buckets.ready_before_end_s(sent.values.nbytes, process.duration_s)
+            self._ready_s = max(self._ready_s, now_s - before_s)
+            if self._record is not None:
+                self._record(index, "compute", process.tally.boundary_s, now_s)
+        self._joining[index] = process
+        self._n_joined += 1
+        if self._n_joined == len(self.ranks):
+            self._all_have_joined()
+
+    def _all_have_joined(self) -> None:
+        joined: list[Any] = self._joining
+        self._joining = [None] * len(self.ranks)
+        self._n_joined = 0
+        sizes = {process.request.sent.values.nbytes for process in joined}
         if len(sizes) > 1:
             raise ProtocolError(f"round {self.rounds + 1}: ranks contribute vectors of {sorted(sizes)} bytes")
         (n_bytes,) = sizes
-        seconds = self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
-        self._at(self.now_s + seconds, _MEAN, (joined, n_bytes))
+        now_s = self.clock.now_s
+        end_s = now_s + self._seconds(n_bytes)
+        if joined[0].request.sent.is_gradient:
+            last_bytes = self._buckets.last_bytes(n_bytes)
+            end_s = min(end_s, max(now_s + self._seconds(last_bytes), self._ready_s + end_s - now_s))
+            self._ready_s = 0.0
+        self.clock.at(end_s, _Arrival(self._deliver, joined))
 
-    def _deliver(self, joined: _Joined, n_bytes: int) -> None:
+    def _seconds(self, n_bytes: int) -> float:
+        return self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
+
+    def _deliver(self, arrival: _Arrival) -> None:
+        joined = arrival.joined
+        now_s, record, advance = self.clock.now_s, self._record, self._advance
         self.rounds += 1
-        self._table.numpy()[:] = self._rows
-        mean = Mean(_mean([joined[index][1] for index in range(len(self.ranks))]), self._table)
-        sent_bytes = ring_bytes_sent(n_bytes + self._table.nbytes, len(self.ranks))
-        for index in range(len(self.ranks)):
-            process, _, joined_s = joined[index]
-            process.arrived_s, process.round_s = self.now_s, self.now_s - joined_s
-            process.rank.bytes_sent += sent_bytes
-            if self._record is not None:
-                self._record(index, "round", joined_s, self.now_s)
+        requests: list[Any] = [process.request for process in joined]
+        mean = Mean(_mean(requests), self._table)
+        first = requests[0]
+        if self._means is not None and isinstance(mean.values, Tensor):
+            self._averages_gradients = first.sent.is_gradient
+            if not first.exact and not first.sent.is_gradient:
+                self._means.take(first.sent.begin, mean.values, self._paces[0])
+        self._bytes_sent += ring_bytes_sent(first.sent.values.nbytes + self._table.nbytes, len(joined))
+        for process in joined:
+            process.arrived_s, process.round_s = now_s, now_s - process.joined_s
+            if record is not None:
+                record(process.index, "round", process.joined_s, now_s)
             if process.is_compute:
-                process.rank.tally.waited_s += self.now_s - joined_s
-            self._advance(process, mean)
+                self._has_waited(process, first.sent.is_gradient)
+            advance(process, mean)
+        self._note_end(joined[0].pace)
 
-    # The clock
+    def _has_waited(self, process: _Process, within_a_step: bool) -> None:
+        now_s, joined_s = self.clock.now_s, process.joined_s
+        process.tally.waited_s += now_s - joined_s
+        if self._record is not None:
+            self._record(process.index, "wait", joined_s, now_s)
+        if within_a_step:
+            process.since_s = now_s
+        else:
+            process.tally.start_clock(now_s)
 
-    def _at(self, time_s: float, what: int, who: Any) -> None:
-        if not time_s < math.inf:
-            raise ConfigurationError(f"virtual time {self.now_s:g} s: something would take {time_s:g} s")
-        self._order += 1
-        heappush(self._heap, (time_s, self._order, what, who))
-
-    def _deadlock(self) -> str:
-        joined = sorted(self._joining)
-        missing = sorted(set(range(len(self.ranks))) - set(joined))
+    def _deadlock(self, waiting_for_gradient: Sequence[int]) -> str:
+        joined = [process.index for process in self._joining if process is not None]
+        missing = [index for index, process in enumerate(self._joining) if process is None]
         lines = [f"virtual time {self.now_s:g} s: nothing can happen any more."]
         if joined:
             lines.append(f"{_ranks(joined)} in round {self.rounds + 1} wait for {_ranks(missing)}.")
-        if self._waiting_for_gradient:
-            lines.append(f"{_ranks(sorted(self._waiting_for_gradient))} wait for their own first gradient.")
+        if waiting_for_gradient:
+            lines.append(f"{_ranks(waiting_for_gradient)} wait for their own first gradient.")
         return " ".join(lines)
 
 
 def _mean(requests: Sequence[AllReduceMean]) -> Any:
-    """The weighted mean, summed in the order of ranks; None where nothing was sent but sizes, or all weights are 0."""
+    """The weighted mean, summed in the order of ranks; None where all weights are 0; a size where nothing else is."""
+    first = requests[0].sent.values
+    if not isinstance(first, Tensor):
+        return first
     contributions = [request.sent for request in requests]
-    if not isinstance(contributions[0].values, torch.Tensor):
-        return contributions[0].values
     weight = sum(contribution.weight for contribution in contributions)
     if not weight:
         return None
-    total = torch.zeros_like(contributions[0].values)
+    total = torch.zeros_like(first)
     for contribution in contributions:
         if contribution.weight:
             total.add_(contribution.values, alpha=contribution.weight)
     return total.div_(weight)
+
+
+@contextmanager
+def _collecting_nothing(is_wanted: bool) -> Iterator[None]:
+    """Python's search for cycles visits every process again and again, and here are none to find."""
+    was_enabled = gc.isenabled()
+    if is_wanted:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _ranks(ranks: Sequence[int], most: int = 8) -> str:

@@ -6,7 +6,8 @@ Fragments are equal parts, for there are no rows to cut between.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lasgd.algorithms.requests import Contribution, Failure, Mean
@@ -32,6 +33,7 @@ class SizedFragment:
     begin: int
     end: int
     sent: Contribution
+    gradient: Contribution
 
 
 class TimingReplica:
@@ -82,7 +84,7 @@ class TimingReplica:
 
     def gradient(self) -> Contribution:
         """See Replica."""
-        return self.fragments[0].sent
+        return self.fragments[0].gradient
 
     def set_gradient(self, outcome: Mean | Failure) -> None:
         """See Replica."""
@@ -146,10 +148,11 @@ class Vector:
             parts = min(fragments, self.elements)
             ends = [round(k * self.elements / parts) for k in range(parts + 1)]
             self._cuts[fragments] = tuple(
-                SizedFragment(k, ends[k], ends[k + 1], self._contribution(ends[k], ends[k + 1])) for k in range(parts)
+                self._fragment(k, begin, end) for k, (begin, end) in enumerate(pairwise(ends))
             )
         return self._cuts[fragments]
 
-    def _contribution(self, begin: int, end: int) -> Contribution:
+    def _fragment(self, index: int, begin: int, end: int) -> SizedFragment:
         values: Any = Size(end - begin, (end - begin) * self.element_bytes)
-        return Contribution(values, weight=1.0, begin=begin)
+        sent = Contribution(values, weight=1.0, begin=begin)
+        return SizedFragment(index, begin, end, sent, replace(sent, is_gradient=True))
