@@ -181,7 +181,7 @@ class Cluster:
         self._ready_s = 0.0  # when the last rank had the first bucket of its gradients
         self._averages_gradients = False
         self._table = torch.zeros(len(ranks), len(Column), dtype=torch.float64)
-        self._rows = memoryview(self._table.numpy()).cast("B")
+        self._rows: Any = self._table.numpy().data.cast("B")
 
     @property
     def now_s(self) -> float:
