@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lasgd import __version__
+from lasgd.cli import simulate as simulating
 from lasgd.cli.config import problems
 from lasgd.cli.train import HELP, keep_traceback, surprise, train
 from lasgd.errors import ConfigurationError, LasgdError
@@ -29,6 +30,7 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 app.command(train, help=HELP)
+app.command(simulating.simulate, help=simulating.HELP)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:

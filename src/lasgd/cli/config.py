@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,11 +13,13 @@ from lasgd.errors import ConfigurationError, unknown
 from lasgd.training.run_folder import read_json
 from lasgd.training.settings import OWN_TO_A_RANK, Settings
 
+Kind = TypeVar("Kind", bound=Settings)
+
 _BUDGETS = ("samples", "epochs")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, keys as the options without their dashes in front.
+def read_config(path: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
+    """The settings of `kind` in a TOML file, keys as the options without their dashes in front.
 
     Raises ConfigurationError: no such file, not TOML (with the line), a key that is no setting (with the nearest).
     """
@@ -28,10 +30,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"--config: {path} cannot be read: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config: {path} is not a TOML file: {error}.") from error
-    return check_keys(values, f"{path}: config key")
+    return check_keys(values, f"{path}: config key", kind)
 
 
-def check_keys(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def check_keys(values: Mapping[str, Any], what: str, kind: type[Settings] = Settings) -> dict[str, Any]:
     """`values` by field name, which may be spelt with dashes.
 
     Raises ConfigurationError for a key that is no setting, with the nearest known one, and for one given twice.
@@ -39,15 +41,17 @@ def check_keys(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     settings = {}
     for key, value in values.items():
         field = key.replace("-", "_")
-        if field not in Settings.model_fields:
-            raise unknown(kind, key, (name.replace("_", "-") for name in Settings.model_fields))
+        if field not in kind.model_fields:
+            raise unknown(what, key, (name.replace("_", "-") for name in kind.model_fields))
         if field in settings:
-            raise ConfigurationError(f"{kind} {field.replace('_', '-')!r} is given twice, with - and with _. Keep one.")
+            raise ConfigurationError(f"{what} {field.replace('_', '-')!r} is given twice, with - and with _. Keep one.")
         settings[field] = value
     return settings
 
 
-def combine(given: Mapping[str, Any], config: Mapping[str, Any], stored: Settings | None = None) -> Settings:
+def combine(
+    given: Mapping[str, Any], config: Mapping[str, Any], stored: Kind | None = None, kind: type[Kind] = Settings
+) -> Kind:
     """The settings of a run, from the command line's, the config file's, and the resumed run's.
 
     A budget on the command line (`samples` or `epochs`) takes the place of the config file's. A resumed run keeps its
@@ -58,7 +62,7 @@ def combine(given: Mapping[str, Any], config: Mapping[str, Any], stored: Setting
         for name in _BUDGETS:
             values.pop(name, None)
     values |= given
-    wanted = validated(values)
+    wanted = validated(values, kind)
     if stored is None:
         return wanted
     for name in values:
@@ -85,13 +89,13 @@ def read_stored(folder: Path) -> Settings:
         raise ConfigurationError(f"--resume: {error}") from error
 
 
-def validated(values: Mapping[str, Any]) -> Settings:
-    """Settings from `values`, each of its setting's own type: neither "32" nor true is a number.
+def validated(values: Mapping[str, Any], kind: type[Kind] = Settings) -> Kind:
+    """Settings of `kind` from `values`, each of its setting's own type: neither "32" nor true is a number.
 
     Raises ConfigurationError with one line per problem.
     """
     try:
-        return Settings.model_validate(dict(values), strict=True)
+        return kind.model_validate(dict(values), strict=True)
     except ValidationError as error:
         raise ConfigurationError("\n".join(problems(error))) from error
 

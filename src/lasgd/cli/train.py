@@ -78,16 +78,16 @@ def train(
     out = out or resume
     if under_torchrun and out is None:
         raise ConfigurationError("under torchrun all ranks need the same run folder: give --out DIR.")
-    out = out or _new_default(merged)
+    out = out or new_default(merged)
 
     if rank in (None, 0):
         prepare_folder(out, resume, world_size)
         print(
-            f"training {merged.model} on {merged.data} with {merged.algorithm}: {world_size} {_ranks(world_size)}, "
+            f"training {merged.model} on {merged.data} with {merged.algorithm}: {world_size} {ranks_word(world_size)}, "
             f"condition {merged.condition}; results go to {out}",
             flush=True,
         )
-    with _explaining_surprises(out):
+    with explaining_surprises(out):
         if under_torchrun:
             return _run_one_rank(merged, out, resume, world_size, rank or 0)
         from lasgd.lab.launch import launch
@@ -148,7 +148,7 @@ def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
         )
     if resume is not None and not has_checkpoint(resume, world_size):
         raise ConfigurationError(
-            f"--resume: {resume} holds no checkpoint of all {world_size} {_ranks(world_size)} to continue from. "
+            f"--resume: {resume} holds no checkpoint of all {world_size} {ranks_word(world_size)} to continue from. "
             "Start a new run."
         )
     continues = resume is not None and out.exists() and out.samefile(resume)
@@ -211,7 +211,8 @@ def _how_to_go_on(out: Path, world_size: int) -> str:
     return "interrupted before the first checkpoint; nothing to go on with"
 
 
-def _new_default(settings: Settings) -> Path:
+def new_default(settings: Settings) -> Path:
+    """A run folder that does not exist yet."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     out, number = default_out(settings, stamp), 2
     while out.exists():
@@ -220,7 +221,8 @@ def _new_default(settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def _explaining_surprises(out: Path) -> Iterator[None]:
+def explaining_surprises(out: Path) -> Iterator[None]:
+    """Turns what nobody foresaw into a LasgdError that says where its traceback is."""
     try:
         yield
     except LasgdError:
@@ -249,5 +251,6 @@ def surprise(error: BaseException, path: Path | None) -> str:
     return f"unexpected {type(error).__name__}: {error}. This is a bug, in lasgd or in a model it was given.{where}"
 
 
-def _ranks(n: int) -> str:
+def ranks_word(n: int) -> str:
+    """`rank` or `ranks`."""
     return "rank" if n == 1 else "ranks"

@@ -15,6 +15,7 @@ from lasgd.errors import ConfigurationError
 
 BITS = {"gbit": Decimal(10**9), "mbit": Decimal(10**6), "kbit": Decimal(10**3)}
 SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
+BYTES = {"gb": Decimal(10**9), "mb": Decimal(10**6), "kb": Decimal(10**3), "b": Decimal(1)}
 PERCENT = {"%": Decimal(1)}
 TIMES = {"x": Decimal(1)}
 

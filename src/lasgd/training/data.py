@@ -242,8 +242,8 @@ def training_batches(
     Iterating raises DataError where 100 images in a row cannot be read, or where a worker died.
     """
     augment.augmenter(data.augmentation, data.image_size)  # imported here once, not in each worker
-    source = _TrainingSource(data, seed, rank, batch_size)
-    return InOrder(source, count(position, batch_size), workers, _ahead(data, batch_size))
+    source = TrainingSource(data, seed, rank, batch_size)
+    return InOrder(source, count(position, batch_size), workers, batches_ahead(data, batch_size))
 
 
 def validation_batches(data: ImageData, batch_size: int, workers: int) -> ValidationBatches:
@@ -253,16 +253,21 @@ def validation_batches(data: ImageData, batch_size: int, workers: int) -> Valida
     Iterating raises DataError where none can be read, or where a worker died.
     """
     source = _ValidationSource(data, batch_size)
-    return ValidationBatches(InOrder(source, range(0, len(data.val), batch_size), workers, _ahead(data, batch_size)))
+    return ValidationBatches(
+        InOrder(source, range(0, len(data.val), batch_size), workers, batches_ahead(data, batch_size))
+    )
 
 
-def _ahead(data: ImageData, batch_size: int) -> int:
+def batches_ahead(data: ImageData, batch_size: int) -> int:
+    """How many batches one worker draws before they are asked for."""
     batch_bytes = 4 * batch_size * data.channels * data.image_size**2
     return max(2, min(8, PREFETCHED_BYTES // batch_bytes))
 
 
 @dataclass(frozen=True)
-class _TrainingSource:
+class TrainingSource:
+    """The batch of one rank that begins at a position."""
+
     data: ImageData
     seed: int
     rank: int

@@ -22,6 +22,7 @@ OVERRUN_LIMIT = 0.02
 """Above this share of padded steps that outlasted their padding, rates stand for nothing."""
 
 _NOTES_SHOWN = 4
+_RANKS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Snapshot:
     fragments: int
     notes: Sequence[str] = ()
     """What went wrong and was mended, oldest first."""
+    virtual_s: float | None = None
+    """In a simulated run: seconds on the virtual clock, which `samples_per_s` and `waited_s` are of."""
 
 
 class Display:
@@ -154,7 +157,11 @@ def _left(now: Snapshot) -> str:
 
 def _figures(now: Snapshot) -> list[list[tuple[str, str]]]:
     """The figures as rows of (name, value with its unit)."""
-    share = now.waited_s / now.wall_s if now.wall_s > 0 else 0.0
+    clock_s = now.wall_s if now.virtual_s is None else now.virtual_s
+    share = now.waited_s / clock_s if clock_s > 0 else 0.0
+    elapsed = [("elapsed", duration(now.wall_s))]
+    if now.virtual_s is not None:
+        elapsed.insert(0, ("virtual time", duration(now.virtual_s)))
     return [
         [
             ("samples/s", _number(now.samples_per_s, ",.0f")),
@@ -163,10 +170,10 @@ def _figures(now: Snapshot) -> list[list[tuple[str, str]]]:
             ("fragments", str(now.fragments)),
         ],
         [
-            ("ranks", str(now.world_size)),
+            ("ranks", f"{now.world_size:,}"),
             ("staleness", _number(now.staleness_steps, ".1f", " steps")),
             ("waited", f"{now.waited_s:.2f} s ({share:.1%})"),
-            ("elapsed", duration(now.wall_s)),
+            *elapsed,
         ],
     ]
 
@@ -175,7 +182,8 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
     """Prints the closing tables of `run`, the object in run.json; `out` is the folder with the results."""
     console = console or Console()
     final = run.get("final") or {}
-    wall_s = run["wall_s"]
+    virtual_s = run.get("virtual_s")
+    clock_s = run["wall_s"] if virtual_s is None else virtual_s
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column()
@@ -188,10 +196,11 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
         ]
     rows += [
         ("samples", f"{run['samples']:,}"),
-        ("wall time", f"{duration(wall_s)} ({wall_s:,.1f} s)"),
+        *([] if virtual_s is None else [("virtual time", f"{duration(virtual_s)} ({virtual_s:,.1f} s)")]),
+        ("wall time", f"{duration(run['wall_s'])} ({run['wall_s']:,.1f} s)"),
         (
-            "samples/s",
-            _number((run["samples"] - (run.get("resumed_from_samples") or 0)) / wall_s if wall_s else None, ",.0f"),
+            "samples/s" if virtual_s is None else "samples/virtual s",
+            _number((run["samples"] - (run.get("resumed_from_samples") or 0)) / clock_s if clock_s else None, ",.0f"),
         ),
         ("replicas identical", {True: "yes", False: "no", None: "not compared"}[run.get("replicas_identical")]),
         ("condition", run["condition"]),
@@ -207,7 +216,9 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
     console.print(facts)
     if run["ranks"]:
         console.print()
-        console.print(_rank_table(run["ranks"], wall_s))
+        console.print(_rank_table(run["ranks"], clock_s))
+        if len(run["ranks"]) > _RANKS_SHOWN:
+            console.print(Text(f"and {len(run['ranks']) - _RANKS_SHOWN:,} more ranks, in run.json", style="dim"))
     for warning in warnings(run):
         console.print(Text(f"! {warning}", style="yellow"), soft_wrap=not console.is_terminal)
     if run.get("error"):
@@ -216,12 +227,12 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
         console.print(Text(f"results: {out}"), soft_wrap=True)
 
 
-def _rank_table(ranks: Sequence[Mapping[str, Any]], wall_s: float) -> Table:
+def _rank_table(ranks: Sequence[Mapping[str, Any]], clock_s: float) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name in ("rank", "steps", "rounds", "waited", "staleness", "max", "sent"):
         table.add_column(name, justify="right", no_wrap=True)
-    for rank in ranks:
-        share = rank["waited_s"] / wall_s if wall_s else 0.0
+    for rank in _first_and_last(ranks):
+        share = rank["waited_s"] / clock_s if clock_s else 0.0
         staleness = rank["staleness_steps"]
         table.add_row(
             str(rank["rank"]),
@@ -233,6 +244,13 @@ def _rank_table(ranks: Sequence[Mapping[str, Any]], wall_s: float) -> Table:
             _bytes(rank["bytes_sent"]),
         )
     return table
+
+
+def _first_and_last(ranks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last ranks too: `straggler=last:4x` is a usual condition."""
+    if len(ranks) <= _RANKS_SHOWN:
+        return list(ranks)
+    return [*ranks[: _RANKS_SHOWN - 2], *ranks[-2:]]
 
 
 def warnings(run: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -21,29 +22,42 @@ from lasgd.training.run_folder import Final, replacing
 BATCH = 250
 
 
+@dataclass(frozen=True)
+class SavedMean:
+    """One mean of the replicas, and when it was taken."""
+
+    samples: int
+    wall_s: float
+    virtual_s: float | None  # in a simulated run
+    vector: Tensor  # (D,)
+
+
 class SavedMeans:
     """Means of the replicas, a file each, until they are evaluated: means/<samples>.safetensors."""
 
     def __init__(self, out: Path):
         self.folder = out / "means"
 
-    def save(self, vector: Tensor, samples: int, wall_s: float) -> None:
+    def save(self, vector: Tensor, samples: int, wall_s: float, virtual_s: float | None = None) -> None:
         """Writes one mean, (D,). Raises LasgdError, naming the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / f"{samples:012d}.safetensors") as temporary:
             metadata = {"samples": str(samples), "wall_s": repr(wall_s)}
+            if virtual_s is not None:
+                metadata["virtual_s"] = repr(virtual_s)
             temporary.write_bytes(safetensors.torch.save({"mean": vector}, metadata=metadata))
 
     def __len__(self) -> int:
         """How many means are saved."""
         return len(list(self.folder.glob("*.safetensors")))
 
-    def __iter__(self) -> Iterator[tuple[int, float, Tensor]]:
-        """(samples, wall_s, vector), in the order of samples."""
+    def __iter__(self) -> Iterator[SavedMean]:
+        """In the order of samples."""
         for path in sorted(self.folder.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                yield int(metadata["samples"]), float(metadata["wall_s"]), file.get_tensor("mean")
+                virtual_s = float(metadata["virtual_s"]) if "virtual_s" in metadata else None
+                yield SavedMean(int(metadata["samples"]), float(metadata["wall_s"]), virtual_s, file.get_tensor("mean"))
 
     def remove(self, above_samples: int = -1) -> None:
         """Removes the means taken after `above_samples`, and the folder if it is empty then."""

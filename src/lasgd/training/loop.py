@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lasgd.lab.padding import StepPadding
 from lasgd.runtime.averaging import Averaging
-from lasgd.training import schedule
+from lasgd.training import local_step
 from lasgd.training.checkpoint import Checkpoints, copied, is_healthy
 from lasgd.training.data import Batch
 from lasgd.training.display import Snapshot
@@ -104,18 +103,13 @@ class Trainer:
         images = batch.images.to(self._device, non_blocking=True)
         labels = batch.labels.to(self._device, non_blocking=True)
         self._padding.begin()
-        loss = functional.cross_entropy(self._model(images), labels)
-        loss.backward()
+        loss = local_step.gradient(self._model, images, labels)
         if self._device.type == "cuda" and not self._padding.is_idle:
             torch.cuda.current_stream(self._device).synchronize()  # a padded step is timed on the host
         self._padding.wait_rest()
-        lr = self._settings.lr * schedule.factor(self._averaging.progress, self._settings.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
         self.position = batch.position + len(batch.labels)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss.detach()
+        local_step.update(self._optimizer, self._settings, self._averaging.progress)
+        return loss
 
     def _cut_checkpoint_if_due(self, patience_s: float = 0.0) -> None:
         number = self._averaging.checkpoint_due

@@ -6,6 +6,7 @@ its `permutation` may change between releases, an argsort of raw bits cannot.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -34,16 +35,21 @@ def indices(n: int, seed: int, rank: int, begin: int, count: int) -> list[int]:
     """
     if n < 1 or begin < 0 or count < 0:
         raise ValueError(f"need n >= 1, begin >= 0, count >= 0; got n={n}, begin={begin}, count={count}")
+    one_pass = _passes(n, seed, rank)
     drawn: list[int] = []
     while len(drawn) < count:
         epoch, start = divmod(begin + len(drawn), n)
-        drawn += _epoch(n, seed, rank, epoch)[start : start + count - len(drawn)].tolist()
+        drawn += one_pass(epoch)[start : start + count - len(drawn)].tolist()
     return drawn
 
 
-@lru_cache(maxsize=2)  # a batch touches one epoch, or two where it straddles them
-def _epoch(n: int, seed: int, rank: int, epoch: int) -> np.ndarray:
-    return permutation(n, ORDER, seed, rank, epoch)
+@lru_cache(maxsize=64)  # of the ranks that one process draws for: one in a real run, many in virtual time
+def _passes(n: int, seed: int, rank: int) -> Callable[[int], np.ndarray]:
+    @lru_cache(maxsize=2)  # a batch touches one pass, or two where it straddles them
+    def one_pass(epoch: int) -> np.ndarray:
+        return permutation(n, ORDER, seed, rank, epoch).astype(np.int32 if n < 2**31 else np.int64)
+
+    return one_pass
 
 
 def _raw_bits(n: int, key: tuple[int, ...]) -> np.ndarray:

@@ -168,6 +168,8 @@ class _Run:
         timelines = group.wait_exchange("timeline", self.timeline.to_bytes(), self.settings.timeout_s)
         self.averaging.close()
         if self.rank == 0:
+            first_step_s = self.averaging.first_step_s or self.begin_s
+            end_s = self.averaging.end_agreed_s or first_step_s
             results = Results(
                 out=self.out,
                 settings=self.settings,
@@ -177,10 +179,14 @@ class _Run:
                 data=self.data,
                 model=self.model,
                 device=self.device,
-                averaging=self.averaging,
+                layout=self.averaging.replica.layout,
+                pace=self.averaging.pace,
+                fragments=len(self.averaging.replica.fragments),
                 means=self.means,
                 before=self.before,
-                begin_s=self.begin_s,
+                start_s=first_step_s - self.begin_s,
+                wall_s=end_s - first_step_s,
+                end_s=end_s,
                 display=self.display,
                 asked_to_stop=lambda: self.asked_to_stop,
             )

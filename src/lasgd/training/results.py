@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,7 +22,8 @@ from torch import nn
 from lasgd.errors import LasgdError
 from lasgd.group.base import Group
 from lasgd.lab.conditions import Condition
-from lasgd.runtime.averaging import Averaging
+from lasgd.layout import Layout
+from lasgd.pace import Pace
 from lasgd.training.data import ImageData
 from lasgd.training.display import Display
 from lasgd.training.evaluation import SavedMeans, evaluate
@@ -68,16 +70,27 @@ class Results:
     condition: Condition
     link_emulation: LinkEmulation
     budget: int
-    data: ImageData
-    model: nn.Module
+    data: ImageData | None
+    model: nn.Module | None
+    """None, as data and layout, where nothing was trained: a simulation without gradients."""
     device: torch.device
-    averaging: Averaging
+    layout: Layout | None
+    pace: Pace
+    fragments: int
     means: SavedMeans
     before: Progress
-    begin_s: float
-    """time.monotonic() when the rank started."""
+    start_s: float
+    """Seconds from the start of this process to the first local step."""
+    wall_s: float
+    """Seconds from there to the agreed end."""
+    end_s: float
+    """time.monotonic() of the agreed end."""
     display: Display | None
     asked_to_stop: Callable[[], bool]
+    virtual_s: float | None = None
+    """What `wall_s` is on the virtual clock, in a simulated run."""
+    settings_beside: Mapping[str, Any] = field(default_factory=dict)
+    """What run.json tells among the settings, beside them and instead of them."""
 
     def write(
         self,
@@ -91,21 +104,19 @@ class Results:
         A run that was interrupted in its local steps has no averaged model: nothing is evaluated, and its saved means
         wait for the resumed run. One that was interrupted in its evaluations is `interrupted` too, but has its model.
         """
-        first_step_s = self.averaging.first_step_s or self.begin_s
-        end_s = self.averaging.end_agreed_s or first_step_s
         skipped = dict.fromkeys(name for report in reports for name in report.skipped_images)
         notes = [f"rank {report.record.rank}: {note}" for report in reports for note in report.notes]
         samples, final = self._samples(reports), None
-        if not was_interrupted:
+        if not was_interrupted and self.model is not None:
             try:
-                self._save_model()
+                self._save_model(self.model)
             except LasgdError:
                 if not len(self.means):
                     raise
                 self.means.remove()  # what the run was for comes first
-                self._save_model()
+                self._save_model(self.model)
                 notes.insert(0, "the saved means gave way to model.safetensors on a full disk, and were not evaluated")
-            final, unreadable = self._evaluate(samples, end_s - first_step_s)
+            final, unreadable = self._evaluate(self.model, samples)
             skipped.update(dict.fromkeys(unreadable))
             was_interrupted = self.asked_to_stop()
         try:
@@ -117,20 +128,23 @@ class Results:
             status="interrupted" if was_interrupted else "finished",
             algorithm=self.settings.algorithm,
             condition=str(self.condition),
-            settings=self.settings.model_dump(mode="json") | {"samples": self.budget, "epochs": None},
+            settings=self.settings.model_dump(mode="json")
+            | {"samples": self.budget, "epochs": None}
+            | dict(self.settings_beside),
             environment=environment(),
-            world_size=self.averaging.world_size,
+            world_size=len(reports),
             samples=samples,
-            wall_s=end_s - first_step_s,
-            start_s=first_step_s - self.begin_s,
-            finish_s=time.monotonic() - end_s,
+            wall_s=self.wall_s,
+            virtual_s=self.virtual_s,
+            start_s=self.start_s,
+            finish_s=time.monotonic() - self.end_s,
             final=final,
             replicas_identical=identical,
             link_emulation=self.link_emulation,
             padding_overrun=sum(report.overruns for report in reports) / padded if padded else 0.0,
-            fragments=len(self.averaging.replica.fragments),
+            fragments=self.fragments,
             ranks=[report.record for report in reports],
-            health=[HealthEvent(rank=event.rank, round=event.round) for event in self.averaging.pace.sicknesses],
+            health=[HealthEvent(rank=event.rank, round=event.round) for event in self.pace.sicknesses],
             skipped_images=list(skipped),
             notes=notes,
             resumed_from_samples=self.before.samples,
@@ -141,15 +155,15 @@ class Results:
     def _samples(self, reports: Sequence[RankReport]) -> int:
         if self.settings.algorithm == "independent":  # agrees on nothing, so each rank knows only its own
             return sum(report.record.samples for report in reports)
-        return self.averaging.pace.samples
+        return self.pace.samples
 
-    def _save_model(self) -> None:
-        state = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+    def _save_model(self, model: nn.Module) -> None:
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         with replacing(self.out / "model.safetensors") as temporary:
             # Not save_file, which makes a file that nobody else may read, whatever the umask says.
             temporary.write_bytes(safetensors.torch.save(_untied(state), metadata={"format": "pt"}))
 
-    def _evaluate(self, end_samples: int, wall_s: float) -> tuple[Final | None, tuple[str, ...]]:
+    def _evaluate(self, model: nn.Module, end_samples: int) -> tuple[Final | None, tuple[str, ...]]:
         """The final average, then the means saved on the way; all cores are this process's now.
 
         The final one comes first, so that it is there if the user loses patience with the others.
@@ -157,34 +171,33 @@ class Results:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
         total = len(self.means) + 1
         self._say(f"1 of {total}")
-        final, unreadable = evaluate(self.model, self.data, self.device, self.settings.workers, self.asked_to_stop)
+        assert self.data is not None and self.layout is not None
+        final, unreadable = evaluate(model, self.data, self.device, self.settings.workers, self.asked_to_stop)
         if final is None:
             return None, unreadable
         metrics = self.out / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
-        layout = self.averaging.replica.layout
         judge = make_model(self.settings, self.data).to(self.device)
-        for number, (samples, at_s, vector) in enumerate(self.means, start=2):
+        for number, mean in enumerate(self.means, start=2):
             self._say(f"{number} of {total}")
-            judge.load_state_dict(layout.state_dict(self.model, vector.to(self.device)))
+            judge.load_state_dict(self.layout.state_dict(model, mean.vector.to(self.device)))
             result, _ = evaluate(judge, self.data, self.device, self.settings.workers, self.asked_to_stop)
             if result is None:
                 break
-            append_metrics(metrics, wall_s=at_s, samples=samples, top1=_number(result.top1), loss=_number(result.loss))
+            _append(metrics, mean.samples, mean.wall_s, mean.virtual_s, result)
         else:
             self.means.remove()
-        append_metrics(
-            metrics,
-            wall_s=self.before.wall_s + wall_s,
-            samples=end_samples,
-            top1=_number(final.top1),
-            loss=_number(final.loss),
-        )
+        _append(metrics, end_samples, self.before.wall_s + self.wall_s, self.virtual_s, final)
         return final, unreadable
 
     def _say(self, which: str) -> None:
         if self.display:
             self.display.status("evaluating the averaged models", which)
+
+
+def _append(path: Path, samples: int, wall_s: float, virtual_s: float | None, result: Final) -> None:
+    top1, loss = _number(result.top1), _number(result.loss)
+    append_metrics(path, wall_s=wall_s, virtual_s=virtual_s, samples=samples, top1=top1, loss=loss)
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -90,6 +90,8 @@ class RunRecord(_Record):
     world_size: int
     samples: int = 0
     wall_s: float = 0.0
+    virtual_s: float | None = None
+    """In a simulated run: the same on the virtual clock, which the ranks' times are of."""
     start_s: float = 0.0
     """Seconds from the start of rank 0 to the first local step."""
     finish_s: float = 0.0
@@ -252,9 +254,16 @@ def read_json(path: Path) -> Any:
         raise ConfigurationError(f"{path} is not a text file.") from error
 
 
-def append_metrics(path: Path, *, wall_s: float, samples: int, top1: float, loss: float) -> None:
-    """Appends one evaluation to metrics.jsonl: the whole line or, with a LasgdError that names the file, nothing."""
+def append_metrics(
+    path: Path, *, wall_s: float, samples: int, top1: float, loss: float, virtual_s: float | None = None
+) -> None:
+    """Appends one evaluation to metrics.jsonl: the whole line or, with a LasgdError that names the file, nothing.
+
+    `virtual_s` is told of simulated runs only.
+    """
     line = {"wall_s": wall_s, "samples": samples, "top1": top1, "loss": loss}
+    if virtual_s is not None:
+        line["virtual_s"] = virtual_s
     data = (json.dumps(_jsonable(line), allow_nan=False) + "\n").encode()
     try:
         with open(path, "ab", buffering=0) as file:

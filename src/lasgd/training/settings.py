@@ -101,6 +101,23 @@ class Settings(BaseModel):
         return os.path.expanduser(data)
 
 
+class SimulationSettings(Settings):
+    """What decides a run in virtual time: a training run's settings, and the cluster that there is none of."""
+
+    ranks: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Ranks of the virtual cluster."""
+    network: str | None = None
+    """`fast`, `20mbit`, `100mbit,latency=20ms`, `nodes=8x4,inside=10gbit,between=1gbit`; else what --condition says."""
+    compute: str | None = None
+    """A local step: `100ms`, `lognormal=100ms,sigma=0.2`, `trace=FILE`, `measured`; else --condition's step=, or 100ms."""
+    all_reduce: Literal["ring", "halving_doubling", "tree", "hierarchical"] = "ring"
+    """How an all-reduce goes through the network; `hierarchical` needs a network with nodes."""
+    no_gradients: bool = False
+    """Computes nothing, and says only how fast and how stale; for up to 10,000 ranks and more."""
+    model_bytes: str | None = None
+    """With --no-gradients: what is averaged, such as 102MB, in place of --data and --model."""
+
+
 OWN_TO_A_RANK = frozenset({"ranks", "workers", "timeout_s", "start_timeout_s", "device"})
 """Settings in which ranks (and a resumed run) may differ."""
 
@@ -108,4 +125,5 @@ OWN_TO_A_RANK = frozenset({"ranks", "workers", "timeout_s", "start_timeout_s", "
 def default_out(settings: Settings, stamp: str) -> Path:
     """The run folder where none is given: runs/<data>-<model>-<algorithm>-<stamp>."""
     data = Path(settings.data).name.split(".")[0]
-    return Path("runs") / f"{data}-{settings.model.split(':')[-1]}-{settings.algorithm}-{stamp}"
+    virtual = "-virtual" if isinstance(settings, SimulationSettings) else ""
+    return Path("runs") / f"{data}-{settings.model.split(':')[-1]}-{settings.algorithm}{virtual}-{stamp}"

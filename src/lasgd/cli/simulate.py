@@ -1,0 +1,78 @@
+"""`lasgd simulate`: the run that `lasgd train` would be, on a cluster that there is none of, in virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from lasgd.cli import config as sources
+from lasgd.cli.train import check, check_data_and_model, explaining_surprises, new_default, prepare_folder, ranks_word
+from lasgd.training.interrupt import raising_interrupts
+from lasgd.training.settings import SimulationSettings
+
+DEFAULT_RANKS = 4
+
+HELP = (
+    "Run an algorithm on a virtual cluster, in one process and on a clock of its own.\n\n"
+    "Takes the options of `train`, and --network and --compute for the cluster. With real gradients it says what would "
+    "be learnt and when; with --no-gradients only how fast and how stale, for thousands of ranks in seconds. "
+    "--workers are for all ranks together here; checkpoints and time-outs have no meaning and are ignored."
+)
+
+_FOLDER = Group("Run folder and config file", sort_key=0)
+_SETTINGS = Group("Settings", sort_key=1)
+_OUT = "The run folder, new or empty. Default: runs/DATA-MODEL-ALGORITHM-virtual-TIME."
+_CONFIG = "A TOML file of settings, such as batch-size = 64. Options on the command line win over it."
+
+
+def simulate(
+    *,
+    out: Annotated[Path | None, Parameter(group=_FOLDER, help=_OUT)] = None,
+    config: Annotated[Path | None, Parameter(group=_FOLDER, help=_CONFIG)] = None,
+    settings: Annotated[SimulationSettings | None, Parameter(name="*", group=_SETTINGS)] = None,
+) -> int:
+    """Simulates as `HELP` says; returns the exit code. Raises LasgdError."""
+    given = {} if settings is None else {name: getattr(settings, name) for name in settings.model_fields_set}
+    in_file = {} if config is None else sources.read_config(config, SimulationSettings)
+    merged = sources.combine(given, in_file, kind=SimulationSettings)
+    ranks = merged.ranks or DEFAULT_RANKS
+    merged = merged.model_copy(update={"ranks": ranks})
+    check_simulation(merged, ranks)
+    out = out or new_default(merged)
+    prepare_folder(out, None, ranks)
+    print(
+        f"simulating {merged.algorithm} on {ranks:,} virtual {ranks_word(ranks)}: {_cluster(merged)}; "
+        f"results go to {out}",
+        flush=True,
+    )
+    with explaining_surprises(out):
+        from lasgd.training.virtual_run import simulate as run
+
+        with raising_interrupts():
+            return run(merged, out)
+
+
+def check_simulation(settings: SimulationSettings, world_size: int) -> None:
+    """Finds options that cannot work, alone or together, before anything is computed. Raises LasgdError."""
+    check(settings, world_size)
+    from lasgd.training.virtual_setup import DEFAULT_STEP_S, check_memory, cluster, vector_of_bytes
+
+    if settings.model_bytes is not None:
+        vector_of_bytes(settings.model_bytes)
+        if not settings.no_gradients:
+            from lasgd.errors import ConfigurationError
+
+            raise ConfigurationError("--model-bytes goes with --no-gradients: gradients need a model.")
+    check_memory(None, world_size)
+    cluster(settings, world_size, DEFAULT_STEP_S)
+    if settings.model_bytes is None:
+        check_data_and_model(settings)
+
+
+def _cluster(settings: SimulationSettings) -> str:
+    said = [f"condition {settings.condition}"]
+    said += [f"network {settings.network}"] if settings.network else []
+    said += [f"compute {settings.compute}"] if settings.compute else []
+    return ", ".join(said)

@@ -1,0 +1,321 @@
+"""A run in virtual time, from settings to a run folder: the recipe's own gradients on every rank, or none.
+
+Reading order: virtual_setup.py says what cluster; `SimulatedRun` puts ranks on it, runs it, and hands what came of it
+to results.py, as real ranks do.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lasgd.errors import DivergenceError, LasgdError
+from lasgd.lab import conditions
+from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.lab.simulation import Simulated, cluster_of, outcome
+from lasgd.layout import Layout
+from lasgd.merge import rule as merge_rule
+from lasgd.pace import End
+from lasgd.replica import Replica
+from lasgd.runtime.means import KeptMean, MeanKeeper
+from lasgd.tally import Tally
+from lasgd.training import local_step
+from lasgd.training.data import ImageData, open_data
+from lasgd.training.display import Display, Snapshot, print_summary
+from lasgd.training.evaluation import SavedMeans
+from lasgd.training.interrupt import asking_to_stop
+from lasgd.training.loop import Notes
+from lasgd.training.results import RankReport, Results
+from lasgd.training.resume import Progress
+from lasgd.training.run_folder import RankRecord, StalenessSteps, write_json_atomically
+from lasgd.training.settings import SimulationSettings
+from lasgd.training.setup import make_model, make_optimizer, pick_device
+from lasgd.training.timeline import Timeline
+from lasgd.training.virtual_data import SharedBatches
+from lasgd.training.virtual_setup import StepTime, check_memory, plan, step_time, vector_of, vector_of_bytes
+from lasgd.virtual.timing_replica import TimingReplica
+
+SHOW_EVERY_S = 0.25
+RANKS_IN_TIMELINE = 64
+INTERVALS_IN_TIMELINE = 1_000_000
+"""Of all ranks together."""
+
+
+class RecipeWork:
+    """One rank's own gradients: its model, its optimizer, its batches. The `Work` of a virtual rank."""
+
+    def __init__(
+        self,
+        rank: int,
+        settings: SimulationSettings,
+        model: nn.Module,
+        batches: SharedBatches,
+        notes: Notes,
+    ):
+        self.model = model
+        self.optimizer = make_optimizer(settings, model)
+        self.loss: Tensor | None = None
+        """Of the latest batch."""
+        self._rank, self._settings, self._batches, self._notes = rank, settings, batches, notes
+        self._device = next(model.parameters()).device
+        self._randomness = _randomness_of(settings, rank)
+
+    def gradient(self) -> None:
+        """Forward and backward on the rank's next batch."""
+        batch = self._batches.take(self._rank)
+        self._notes.skipped(batch.skipped)
+        torch.set_rng_state(self._randomness)
+        self.loss = local_step.gradient(self.model, batch.images.to(self._device), batch.labels.to(self._device))
+        self._randomness = torch.get_rng_state()
+
+    def update(self, progress: float) -> None:
+        """The optimizer's step."""
+        local_step.update(self.optimizer, self._settings, progress)
+
+
+def _randomness_of(settings: SimulationSettings, rank: int) -> Tensor:
+    """What a real rank's generator is at its first step: dropout and the like differ between ranks."""
+    generator = torch.Generator()
+    generator.manual_seed(settings.seed * 1_000_003 + rank)
+    return generator.get_state()
+
+
+class SimulatedRun:
+    """One run. Raises LasgdError; ConfigurationError before anything large is allocated."""
+
+    def __init__(self, settings: SimulationSettings, out: Path, display: Display):
+        self.begin_s = time.monotonic()
+        self.settings, self.out, self.display = settings, out, display
+        self.ranks = settings.ranks or 1
+        self.condition = conditions.parse(settings.condition)
+        self.device = pick_device(settings.device)
+        self.notes = Notes()
+        self.data: ImageData | None = None
+        self.model: nn.Module | None = None
+        display.status("opening data and model")
+        if settings.model_bytes is None:
+            self.data = open_data(settings.data, settings.image_size)
+            self.model = make_model(settings, self.data).to(self.device)
+            layout = Layout(self.model)
+            self.vector = vector_of(layout)
+        else:
+            self.vector, layout = vector_of_bytes(settings.model_bytes), None
+        check_memory(None if settings.no_gradients else layout, self.ranks)
+        self.step_time: StepTime = step_time(settings, self.model, self.data)
+        self.plan = plan(settings, self.ranks, self.vector, self.data, self.step_time.seconds)
+        self.timelines = [
+            Timeline(rank, INTERVALS_IN_TIMELINE // min(self.ranks, RANKS_IN_TIMELINE))
+            for rank in range(min(self.ranks, RANKS_IN_TIMELINE))
+        ]
+        self.saved_means = SavedMeans(out)
+        self.asked_to_stop = False
+        self._works: list[RecipeWork] = []
+        self._first_step_s = self._end_s = self.begin_s
+        if settings.no_gradients:
+            self._start_without_gradients()
+        else:
+            self._start_with_gradients()
+
+    def _start_without_gradients(self) -> None:
+        fragments = 1 if self.plan.cut == "auto" else self.plan.cut
+        replicas = [TimingReplica(self.vector, Tally(self.plan.batch_size), fragments) for _ in range(self.ranks)]
+        self.cluster, self.paces = cluster_of(self.plan, replicas, record=self._record)
+
+    def _start_with_gradients(self) -> None:
+        assert self.model is not None and self.data is not None
+        settings, models = self.settings, [self.model]
+        self.display.status(f"making {self.ranks:,} replicas")
+        models += [copy.deepcopy(self.model) for _ in range(1, self.ranks)]
+        self._batches = SharedBatches(
+            self.data,
+            seed=settings.seed,
+            ranks=self.ranks,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+        )
+        self._works = [
+            RecipeWork(rank, settings, model, self._batches, self.notes) for rank, model in enumerate(models)
+        ]
+        fragments = 1 if self.plan.cut == "auto" else self.plan.cut
+        replicas = [
+            Replica(model, Tally(settings.batch_size), fragments, merge_rule(settings.merge)) for model in models
+        ]
+        for replica, work in zip(replicas, self._works, strict=True):
+            replica.on_recovery = work.optimizer.state.clear
+        means = MeanKeeper(replicas[0].layout.size, replicas[0].layout.dtype)
+        means.deliver_evaluations(self._save_mean)
+        self.cluster, self.paces = cluster_of(self.plan, replicas, self._works, self._record, means)
+
+    # The run
+
+    def stop(self) -> None:
+        """Asks for an early end, of the virtual ranks or of the evaluations after them."""
+        self.asked_to_stop = True
+        for rank in self.cluster.ranks if len(self.paces) > 1 else self.cluster.ranks[:1]:
+            rank.tally.wants_stop = True
+
+    def run(self) -> Simulated:
+        """Up to the agreed end and the last exact average."""
+        self.display.status("")
+        self._first_step_s = time.monotonic()
+        try:
+            with self._shown_meanwhile(), nullcontext() if self.settings.no_gradients else _computing_as_ranks():
+                self.cluster.run()
+        finally:
+            if self._works:
+                self._batches.close()
+        self._end_s = time.monotonic()
+        self.display.update(self._snapshot())
+        if self.paces[0].end is End.DIVERGED:
+            raise DivergenceError(
+                f"virtual time {self.cluster.ended_s or 0:.6g} s, round {self.paces[0].round}: every rank holds NaN or "
+                "Inf, so no mean is left to recover from. Lower the learning rate or lengthen the warm-up"
+            )
+        return outcome(self.cluster, self.paces)
+
+    def finish(self, simulated: Simulated) -> int:
+        """Evaluates and writes. Returns the exit code."""
+        was_interrupted = any(pace.end is End.STOP for pace in self.paces)
+        identical = None
+        if self._works and not was_interrupted:
+            digests = {rank.replica.layout.content_digest() for rank in self.cluster.ranks}
+            identical = len(digests) == 1
+        results = Results(
+            out=self.out,
+            settings=self.settings,
+            condition=self.condition,
+            link_emulation="virtual",
+            budget=self.plan.samples,
+            data=self.data,
+            model=self.model if self._works else None,
+            device=self.device,
+            layout=self.cluster.ranks[0].replica.layout if self._works else None,
+            pace=self.paces[0],
+            fragments=simulated.fragments,
+            means=self.saved_means,
+            before=Progress(),
+            start_s=self._first_step_s - self.begin_s,
+            wall_s=self._end_s - self._first_step_s,
+            end_s=self._end_s,
+            display=self.display,
+            asked_to_stop=lambda: self.asked_to_stop,
+            virtual_s=simulated.virtual_s,
+            settings_beside=self._settings_as_run(),
+        )
+        record = results.write(self._reports(), self.timelines, identical, was_interrupted)
+        self.display.status("")
+        self.display.close()
+        print_summary(record.model_dump(mode="json"), out=str(self.out))
+        return INTERRUPTED if record.status == "interrupted" else 0
+
+    def _settings_as_run(self) -> dict[str, object]:
+        """Such that they give the same run again: a measured step time is named."""
+        if self.settings.compute == "measured" or (self.settings.compute is None and self.condition.step_s is None):
+            return {"compute": f"{self.step_time.seconds * 1e3:.6g}ms"}
+        return {}
+
+    def _reports(self) -> list[RankReport]:
+        reports = []
+        for index, rank in enumerate(self.cluster.ranks):
+            tally, pace = rank.tally, self.paces[index % len(self.paces)]
+            record = RankRecord(
+                rank=index,
+                local_steps=tally.local_steps,
+                samples=tally.samples,
+                rounds=pace.round,
+                compute_s=rank.compute_s,
+                waited_s=tally.waited_s,
+                staleness_steps=StalenessSteps(mean=tally.staleness.mean_steps, max=float(tally.staleness.max_steps)),
+                bytes_sent=rank.bytes_sent,
+            )
+            notes = self.notes.troubles if index == 0 else []
+            skipped = list(self.notes.skipped_images) if index == 0 else []
+            reports.append(RankReport(record=record, padded_steps=0, overruns=0, skipped_images=skipped, notes=notes))
+        return reports
+
+    def _record(self, rank: int, kind: str, begin_s: float, end_s: float) -> None:
+        if rank < len(self.timelines):
+            self.timelines[rank].add(kind, begin_s, end_s)
+
+    def _save_mean(self, mean: KeptMean) -> None:
+        try:
+            self.saved_means.save(mean.vector, mean.samples, mean.at_s - self._first_step_s, self.cluster.now_s)
+        except LasgdError as error:
+            self.notes.add(str(error))
+
+    # What is shown
+
+    @contextmanager
+    def _shown_meanwhile(self) -> Iterator[None]:
+        """Hands the state to the display now and then, from a thread of its own: the run has no time for it."""
+        is_over = threading.Event()
+
+        def show() -> None:
+            while not is_over.wait(SHOW_EVERY_S):
+                self.display.update(self._snapshot())
+
+        watching = threading.Thread(target=show, name="lasgd-watch", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            watching.join()
+
+    def _snapshot(self) -> Snapshot:
+        pace, first = self.paces[0], self.cluster.ranks[0]
+        virtual_s = self.cluster.now_s if self.cluster.ended_s is None else self.cluster.ended_s
+        wall_s = (self._end_s if self._end_s > self._first_step_s else time.monotonic()) - self._first_step_s
+        loss = self._works[0].loss if self._works else None
+        return Snapshot(
+            samples=pace.samples,
+            budget=pace.budget,
+            samples_per_s=pace.samples / virtual_s if virtual_s and pace.samples else None,
+            loss=None if loss is None else loss.item(),
+            rounds=pace.round,
+            staleness_steps=first.tally.staleness.mean_steps if first.tally.staleness.merges else None,
+            waited_s=first.tally.waited_s,
+            wall_s=wall_s,
+            virtual_s=virtual_s,
+            left_s=wall_s * (pace.budget - pace.samples) / pace.samples if pace.samples else None,
+            world_size=self.ranks,
+            fragments=len(first.replica.fragments),
+            notes=tuple(self.notes.lines),
+        )
+
+
+@contextmanager
+def _computing_as_ranks() -> Iterator[None]:
+    """One thread computes, as on a rank of many on a machine: small steps lose more by threads that meet than they win.
+
+    The ranks' random numbers come from generators of their own. Afterwards both are as before.
+    """
+    randomness, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(randomness)
+        torch.set_num_threads(threads)
+
+
+def simulate(settings: SimulationSettings, out: Path, say: Callable[[str], None] = print) -> int:
+    """Simulates one run into the folder `out`; returns 0, or 130 after an early end. Raises LasgdError."""
+    write_json_atomically(out / "settings.json", settings.model_dump(mode="json"))
+    with Display(_title(settings)) as display:
+        run = SimulatedRun(settings, out, display)
+        with asking_to_stop(run.stop, terminate_too=True):
+            return run.finish(run.run())
+
+
+def _title(settings: SimulationSettings) -> str:
+    what = f"{settings.model} on {Path(settings.data).name}" if settings.model_bytes is None else settings.model_bytes
+    gradients = ", no gradients" if settings.no_gradients else ""
+    return f"virtual {settings.algorithm}: {what}, {settings.ranks:,} ranks{gradients}"
