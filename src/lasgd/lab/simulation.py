@@ -95,6 +95,7 @@ def cluster_of(
     replicas: Sequence[Any],
     works: Sequence[Work | None] | None = None,
     record: Record | None = None,
+    recorded_ranks: int | None = None,
     means: Means | None = None,
 ) -> tuple[Cluster, list[Pace]]:
     """The cluster that will run `plan` on `replicas`, and its agreements: one, or one of each rank."""
@@ -115,6 +116,7 @@ def cluster_of(
         lambda n_bytes, share: plan.network.all_reduce_s(n_bytes, members, plan.all_reduce, share=share),
         plan.vector.nbytes,
         record,
+        recorded_ranks,
         means,
         Buckets(),
     )

@@ -109,7 +109,7 @@ class SimulationSettings(Settings):
     network: str | None = None
     """`fast`, `20mbit`, `100mbit,latency=20ms`, `nodes=8x4,inside=10gbit,between=1gbit`; else what --condition says."""
     compute: str | None = None
-    """A local step: `100ms`, `lognormal=100ms,sigma=0.2`, `trace=FILE`, `measured`; else --condition's step=, or 100ms."""
+    """A step: `100ms`, `lognormal=100ms,sigma=0.2`, `trace=FILE`, `measured`; else what --condition says, or 100ms."""
     all_reduce: Literal["ring", "halving_doubling", "tree", "hierarchical"] = "ring"
     """How an all-reduce goes through the network; `hierarchical` needs a network with nodes."""
     no_gradients: bool = False

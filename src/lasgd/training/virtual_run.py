@@ -126,7 +126,7 @@ class SimulatedRun:
     def _start_without_gradients(self) -> None:
         fragments = 1 if self.plan.cut == "auto" else self.plan.cut
         replicas = [TimingReplica(self.vector, Tally(self.plan.batch_size), fragments) for _ in range(self.ranks)]
-        self.cluster, self.paces = cluster_of(self.plan, replicas, record=self._record)
+        self.cluster, self.paces = cluster_of(self.plan, replicas, None, self._record, len(self.timelines))
 
     def _start_with_gradients(self) -> None:
         assert self.model is not None and self.data is not None
@@ -151,7 +151,9 @@ class SimulatedRun:
             replica.on_recovery = work.optimizer.state.clear
         means = MeanKeeper(replicas[0].layout.size, replicas[0].layout.dtype)
         means.deliver_evaluations(self._save_mean)
-        self.cluster, self.paces = cluster_of(self.plan, replicas, self._works, self._record, means)
+        self.cluster, self.paces = cluster_of(
+            self.plan, replicas, self._works, self._record, len(self.timelines), means
+        )
 
     # The run
 
@@ -241,8 +243,7 @@ class SimulatedRun:
         return reports
 
     def _record(self, rank: int, kind: str, begin_s: float, end_s: float) -> None:
-        if rank < len(self.timelines):
-            self.timelines[rank].add(kind, begin_s, end_s)
+        self.timelines[rank].add(kind, begin_s, end_s)
 
     def _save_mean(self, mean: KeptMean) -> None:
         try:

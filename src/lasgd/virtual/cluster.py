@@ -38,6 +38,9 @@ from lasgd.tally import Tally
 from lasgd.virtual.buckets import NO_OVERLAP, Buckets
 from lasgd.virtual.clock import Clock
 
+Text = Callable[[Any, Pace], Generator[Request, Answer, None]]
+"""`compute` or `communicate` of an algorithm."""
+
 AllReduceSeconds = Callable[[int, float], float]
 """(bytes, share of the whole vector) -> seconds, from when the last rank has joined."""
 
@@ -103,6 +106,7 @@ class _Process:
         "next_duration",
         "pace",
         "rank",
+        "record",
         "request",
         "round_parts",
         "round_s",
@@ -119,8 +123,10 @@ class _Process:
         is_compute: bool,
         text: Generator[Request, Answer, None],
         act: Callable[[_Process], None],
+        record: Record | None,
     ):
         self.act = act  # when its moment has come
+        self.record = record
         self.index, self.rank, self.pace, self.is_compute = index, rank, pace, is_compute
         self.send, self.next_duration, self.tally = text.send, rank.durations.__next__, rank.tally
         self.duration_s = 0.0  # of the step under way or just done
@@ -149,18 +155,20 @@ class Cluster:
 
     def __init__(
         self,
-        compute: Callable[[Any, Pace], Generator[Request, Answer, None]],
-        communicate: Callable[[Any, Pace], Generator[Request, Answer, None]] | None,
+        compute: Text,
+        communicate: Text | None,
         ranks: Sequence[Rank],
         paces: Sequence[Pace],
         all_reduce_s: AllReduceSeconds,
         vector_bytes: int,
         record: Record | None = None,
+        recorded_ranks: int | None = None,
         means: Means | None = None,
         buckets: Buckets = NO_OVERLAP,
     ):
         """`paces` has one agreement, for all ranks, or one for each. Raises ConfigurationError without any rank.
 
+        `record` is told of the first `recorded_ranks` ranks only (None: of all).
         `buckets`: how gradients are cut for their all-reduce, which then overlaps with the backward pass.
         """
         if not ranks:
@@ -173,6 +181,7 @@ class Cluster:
         self._compute, self._communicate = compute, communicate
         self._paces, self._all_reduce_s, self._vector_bytes = paces, all_reduce_s, vector_bytes
         self._record, self._means, self._buckets = record, means, buckets
+        self._recorded_ranks = len(ranks) if recorded_ranks is None else recorded_ranks
         self._has_work = any(rank.work is not None for rank in ranks)
         self._processes: list[_Process] = []  # of compute, by rank
         self._joining: list[_Process | None] = [None] * len(ranks)  # by rank
@@ -201,17 +210,20 @@ class Cluster:
             rank.bytes_sent += self._bytes_sent
 
     def _begin(self) -> None:
-        for index, rank in enumerate(self.ranks):
-            pace = self._paces[index % len(self._paces)]
+        for rank in self.ranks:
             rank.tally.start_clock(0.0)
-            text = self._compute(rank.replica, pace)
-            self._processes.append(_Process(index, rank, pace, True, text, self._gradient_is_there))
-            self._advance(self._processes[-1])
-        if self._communicate is not None:
-            for index, rank in enumerate(self.ranks):
-                pace = self._paces[index % len(self._paces)]
-                text = self._communicate(rank.replica, pace)
-                self._advance(_Process(index, rank, pace, False, text, self._advance))
+        for text, act in ((self._compute, self._gradient_is_there), (self._communicate, self._advance)):
+            if text is None:
+                continue
+            processes = [self._process(index, text, act) for index in range(len(self.ranks))]
+            self._processes = self._processes or processes
+            for process in processes:
+                self._advance(process)
+
+    def _process(self, index: int, text: Text, act: Callable[[_Process], None]) -> _Process:
+        rank, pace = self.ranks[index], self._paces[index % len(self._paces)]
+        record = self._record if index < self._recorded_ranks else None
+        return _Process(index, rank, pace, text is self._compute, text(rank.replica, pace), act, record)
 
     # Processes
 
@@ -253,11 +265,11 @@ class Cluster:
         now_s, tally = self.clock.now_s, process.tally
         if self._has_work:
             process.rank.work.update(process.pace.progress)  # type: ignore[union-attr]
-        if self._record is not None:
+        if process.record is not None:
             if process.since_s is None:
-                self._record(process.index, "compute", tally.boundary_s, now_s)
+                process.record(process.index, "compute", tally.boundary_s, now_s)
             else:
-                self._record(process.index, "update", process.since_s, now_s)
+                process.record(process.index, "update", process.since_s, now_s)
         process.since_s = None
         tally.count_step(now_s)
         if self._averages_gradients and process.index == 0 and self._means is not None:
@@ -301,8 +313,8 @@ class Cluster:
         if sent.is_gradient:
             before_s = self._buckets.ready_before_end_s(sent.values.nbytes, process.duration_s)
             self._ready_s = max(self._ready_s, now_s - before_s)
-            if self._record is not None:
-                self._record(index, "compute", process.tally.boundary_s, now_s)
+            if process.record is not None:
+                process.record(index, "compute", process.tally.boundary_s, now_s)
         self._joining[index] = process
         self._n_joined += 1
         if self._n_joined == len(self.ranks):
@@ -329,7 +341,7 @@ class Cluster:
 
     def _deliver(self, arrival: _Arrival) -> None:
         joined = arrival.joined
-        now_s, record, advance = self.clock.now_s, self._record, self._advance
+        now_s, advance = self.clock.now_s, self._advance
         self.rounds += 1
         requests: list[Any] = [process.request for process in joined]
         mean = Mean(_mean(requests), self._table)
@@ -341,8 +353,8 @@ class Cluster:
         self._bytes_sent += ring_bytes_sent(first.sent.values.nbytes + self._table.nbytes, len(joined))
         for process in joined:
             process.arrived_s, process.round_s = now_s, now_s - process.joined_s
-            if record is not None:
-                record(process.index, "round", process.joined_s, now_s)
+            if process.record is not None:
+                process.record(process.index, "round", process.joined_s, now_s)
             if process.is_compute:
                 self._has_waited(process, first.sent.is_gradient)
             advance(process, mean)
@@ -351,8 +363,8 @@ class Cluster:
     def _has_waited(self, process: _Process, within_a_step: bool) -> None:
         now_s, joined_s = self.clock.now_s, process.joined_s
         process.tally.waited_s += now_s - joined_s
-        if self._record is not None:
-            self._record(process.index, "wait", joined_s, now_s)
+        if process.record is not None:
+            process.record(process.index, "wait", joined_s, now_s)
         if within_a_step:
             process.since_s = now_s
         else:
