@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
+from rich.console import Console
 
 from lasgd.cli import config as sources
+from lasgd.cli.advise import described, print_advice
 from lasgd.cli.train import check, check_data_and_model, explaining_surprises, new_default, prepare_folder, ranks_word
+from lasgd.errors import ConfigurationError
 from lasgd.training.interrupt import raising_interrupts
 from lasgd.training.settings import SimulationSettings
 
@@ -22,14 +25,19 @@ HELP = (
 )
 
 _FOLDER = Group("Run folder and config file", sort_key=0)
-_SETTINGS = Group("Settings", sort_key=1)
+_ADVICE = Group("Advice", sort_key=1)
+_SETTINGS = Group("Settings", sort_key=2)
 _OUT = "The run folder, new or empty. Default: runs/DATA-MODEL-ALGORITHM-virtual-TIME."
+_ADVISE = "Simulate every algorithm on this cluster and print which to try first. Trains nothing, writes nothing."
+_RUN = "With --advise: a finished run folder to read step times, links, model size and batch size from."
 _CONFIG = "A TOML file of settings, such as batch-size = 64. Options on the command line win over it."
 
 
 def simulate(
     *,
     out: Annotated[Path | None, Parameter(group=_FOLDER, help=_OUT)] = None,
+    advise: Annotated[bool, Parameter(group=_ADVICE, help=_ADVISE)] = False,
+    run: Annotated[Path | None, Parameter(group=_ADVICE, help=_RUN)] = None,
     config: Annotated[Path | None, Parameter(group=_FOLDER, help=_CONFIG)] = None,
     settings: Annotated[SimulationSettings | None, Parameter(name="*", group=_SETTINGS)] = None,
 ) -> int:
@@ -39,19 +47,27 @@ def simulate(
     merged = sources.combine(given, in_file, kind=SimulationSettings)
     ranks = merged.ranks or DEFAULT_RANKS
     merged = merged.model_copy(update={"ranks": ranks})
+    if advise:
+        if out is not None:
+            raise ConfigurationError("--out beside --advise, which writes nothing. Leave one of them out.")
+        check(merged, ranks)
+        print_advice(merged, {*given, *in_file}, run, Console())
+        return 0
+    if run is not None:
+        raise ConfigurationError("--run goes with --advise, which reads a run's figures.")
     check_simulation(merged, ranks)
     out = out or new_default(merged)
     prepare_folder(out, None, ranks)
     print(
-        f"simulating {merged.algorithm} on {ranks:,} virtual {ranks_word(ranks)}: {_cluster(merged)}; "
+        f"simulating {merged.algorithm} on {ranks:,} virtual {ranks_word(ranks)}: {described(merged)}; "
         f"results go to {out}",
         flush=True,
     )
     with explaining_surprises(out):
-        from lasgd.training.virtual_run import simulate as run
+        from lasgd.training.virtual_run import run_simulation
 
         with raising_interrupts():
-            return run(merged, out)
+            return run_simulation(merged, out)
 
 
 def check_simulation(settings: SimulationSettings, world_size: int) -> None:
@@ -62,17 +78,8 @@ def check_simulation(settings: SimulationSettings, world_size: int) -> None:
     if settings.model_bytes is not None:
         vector_of_bytes(settings.model_bytes)
         if not settings.no_gradients:
-            from lasgd.errors import ConfigurationError
-
             raise ConfigurationError("--model-bytes goes with --no-gradients: gradients need a model.")
     check_memory(None, world_size)
     cluster(settings, world_size, DEFAULT_STEP_S)
     if settings.model_bytes is None:
         check_data_and_model(settings)
-
-
-def _cluster(settings: SimulationSettings) -> str:
-    said = [f"condition {settings.condition}"]
-    said += [f"network {settings.network}"] if settings.network else []
-    said += [f"compute {settings.compute}"] if settings.compute else []
-    return ", ".join(said)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -307,7 +307,7 @@ def _computing_as_ranks() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def simulate(settings: SimulationSettings, out: Path, say: Callable[[str], None] = print) -> int:
+def run_simulation(settings: SimulationSettings, out: Path) -> int:
     """Simulates one run into the folder `out`; returns 0, or 130 after an early end. Raises LasgdError."""
     write_json_atomically(out / "settings.json", settings.model_dump(mode="json"))
     with Display(_title(settings)) as display:
