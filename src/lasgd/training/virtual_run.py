@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from lasgd.training.interrupt import asking_to_stop
 from lasgd.training.loop import Notes
 from lasgd.training.results import RankReport, Results
 from lasgd.training.resume import Progress
-from lasgd.training.run_folder import RankRecord, StalenessSteps, write_json_atomically
+from lasgd.training.run_folder import RankRecord, StalenessSteps, write_json_atomically, write_unfinished
 from lasgd.training.settings import SimulationSettings
 from lasgd.training.setup import make_model, make_optimizer, pick_device
 from lasgd.training.timeline import Timeline
@@ -309,11 +309,21 @@ def _computing_as_ranks() -> Iterator[None]:
 
 def run_simulation(settings: SimulationSettings, out: Path) -> int:
     """Simulates one run into the folder `out`; returns 0, or 130 after an early end. Raises LasgdError."""
-    write_json_atomically(out / "settings.json", settings.model_dump(mode="json"))
-    with Display(_title(settings)) as display:
-        run = SimulatedRun(settings, out, display)
-        with asking_to_stop(run.stop, terminate_too=True):
-            return run.finish(run.run())
+    stored = settings.model_dump(mode="json")
+    write_json_atomically(out / "settings.json", stored)
+    ranks = settings.ranks or 1
+    try:
+        with Display(_title(settings)) as display:
+            run = SimulatedRun(settings, out, display)
+            with asking_to_stop(run.stop, terminate_too=True):
+                return run.finish(run.run())
+    except KeyboardInterrupt:
+        write_unfinished(out, stored, ranks, "virtual", "interrupted", "interrupted before the first local step")
+        raise
+    except Exception as error:
+        with suppress(LasgdError):  # must not hide why the run failed
+            write_unfinished(out, stored, ranks, "virtual", "failed", str(error))
+        raise
 
 
 def _title(settings: SimulationSettings) -> str:
