@@ -84,7 +84,7 @@ class Batch:
     """Files that could not be read and were replaced by the next one, each with the reason."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On its way from a worker: large ones in shared memory, small ones through a pipe, which is quicker for them."""
+        """On its way from a worker: large ones in shared memory, small ones through a pipe, quicker for them."""
         if self.images.nbytes > PIPED_BYTES:
             return Batch, (self.images, self.labels, self.position, self.skipped)
         return _from_arrays, (self.images.numpy(), self.labels.numpy(), self.position, self.skipped)
