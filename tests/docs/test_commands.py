@@ -14,7 +14,8 @@ from documents import DOCUMENTS, ROOT, blocks, text_of
 from lasgd.cli.app import app
 from lasgd.cli.train import check
 from lasgd.errors import LasgdError
-from lasgd.training.settings import Settings
+from lasgd.training.settings import Settings, SimulationSettings
+from lasgd.training.virtual_setup import cluster
 
 COMMANDS = [
     (block.document, block.line + number, line)
@@ -33,6 +34,8 @@ def check_lasgd(arguments: list[str]) -> None:
     _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     settings = bound.kwargs.get("settings") or Settings()
     check(settings, settings.ranks or 4)
+    if isinstance(settings, SimulationSettings):
+        cluster(settings, settings.ranks or 4, 0.1)
 
 
 def check_torchrun(arguments: list[str]) -> None:
