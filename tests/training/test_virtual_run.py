@@ -13,7 +13,7 @@ from lasgd.cli.app import main
 from lasgd.errors import ConfigurationError, DivergenceError
 from lasgd.lab.simulation import simulated
 from lasgd.pace import End
-from lasgd.training import local_step, virtual_setup
+from lasgd.training import local_step, virtual_run, virtual_setup
 from lasgd.training.data import open_data, training_batches
 from lasgd.training.display import Display
 from lasgd.training.run_folder import read_metrics, read_run
@@ -258,3 +258,27 @@ def test_the_plan_of_a_run_is_what_the_settings_say():
     plan = virtual_setup.plan(chosen, 3, virtual_setup.vector_of_bytes("1.5MB"), None, 0.1)
     assert (plan.ranks, plan.samples, plan.vector.nbytes, plan.cut) == (3, 240, 1_500_000, 1)
     assert simulated(plan).rounds == 2
+
+
+# Several cores
+
+
+def test_gradients_computed_ahead_on_several_threads_are_the_same_bit_for_bit(tmp_path, monkeypatch):
+    for cores in (1, 3):
+        monkeypatch.setattr(virtual_run, "usable_cores", lambda cores=cores: cores)
+        run(tmp_path / str(cores), condition="link=20mbit+stall=1s@10%+step=50ms")
+    one, three = weights(tmp_path / "1"), weights(tmp_path / "3")
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert trace(tmp_path / "1") == trace(tmp_path / "3")
+
+
+class WithDropout(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(64, 10))
+
+
+def test_only_what_does_not_depend_on_when_is_computed_ahead():
+    data = open_data("digits")
+    assert virtual_run.may_compute_ahead(make_model(settings(), data), data)
+    assert not virtual_run.may_compute_ahead(make_model(settings(norm="batch"), data), data)
+    assert not virtual_run.may_compute_ahead(WithDropout(), data)

@@ -26,6 +26,9 @@ class Descent:
         self.model, self.target = model, torch.as_tensor(target, dtype=model.x.dtype)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
+    def begin(self) -> None:
+        pass
+
     def gradient(self) -> None:
         self.optimizer.zero_grad()
         self.model(self.target).backward()

@@ -7,9 +7,11 @@ to results.py, as real ranks do.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from lasgd.replica import Replica
 from lasgd.runtime.means import KeptMean, MeanKeeper
 from lasgd.tally import Tally
 from lasgd.training import local_step
-from lasgd.training.data import ImageData, open_data
+from lasgd.training.data import Batch, ImageData, open_data
 from lasgd.training.display import Display, Snapshot, print_summary
 from lasgd.training.evaluation import SavedMeans
 from lasgd.training.interrupt import asking_to_stop
@@ -43,6 +45,7 @@ from lasgd.training.virtual_setup import StepTime, check_memory, plan, step_time
 from lasgd.virtual.timing_replica import TimingReplica
 
 SHOW_EVERY_S = 0.25
+LONGEST_GRADIENT_S = 3600.0
 RANKS_IN_TIMELINE = 64
 INTERVALS_IN_TIMELINE = 1_000_000
 """Of all ranks together."""
@@ -58,26 +61,64 @@ class RecipeWork:
         model: nn.Module,
         batches: SharedBatches,
         notes: Notes,
+        pool: Executor | None,
     ):
+        """`pool` computes gradients from when they are asked for; None: this thread does, when they are due."""
         self.model = model
         self.optimizer = make_optimizer(settings, model)
         self.loss: Tensor | None = None
         """Of the latest batch."""
         self._rank, self._settings, self._batches, self._notes = rank, settings, batches, notes
         self._device = next(model.parameters()).device
+        self._pool = pool
+        self._computing: Future[Tensor] | None = None
         self._randomness = _randomness_of(settings, rank)
+
+    def begin(self) -> None:
+        """Lets the pool compute the next gradient, if there is one."""
+        if self._pool is not None:
+            self._computing = self._pool.submit(self._compute, self._next_batch())
 
     def gradient(self) -> None:
         """Forward and backward on the rank's next batch."""
-        batch = self._batches.take(self._rank)
-        self._notes.skipped(batch.skipped)
+        if self._computing is not None:
+            self.loss = self._computing.result(LONGEST_GRADIENT_S)
+            return
         torch.set_rng_state(self._randomness)
-        self.loss = local_step.gradient(self.model, batch.images.to(self._device), batch.labels.to(self._device))
+        self.loss = self._compute(self._next_batch())
         self._randomness = torch.get_rng_state()
 
     def update(self, progress: float) -> None:
         """The optimizer's step."""
         local_step.update(self.optimizer, self._settings, progress)
+
+    def _next_batch(self) -> Batch:
+        batch = self._batches.take(self._rank)
+        self._notes.skipped(batch.skipped)
+        return batch
+
+    def _compute(self, batch: Batch) -> Tensor:
+        return local_step.gradient(self.model, batch.images.to(self._device), batch.labels.to(self._device))
+
+
+def may_compute_ahead(model: nn.Module, data: ImageData) -> bool:
+    """Whether it makes no difference when a gradient is computed between its request and its time.
+
+    Not on a GPU, which has no idle cores; not where the forward pass changes what is averaged (BatchNorm) or draws
+    random numbers (dropout), of which all threads share the generator.
+    """
+    if next(model.parameters()).device.type != "cpu" or any(True for _ in model.buffers()):
+        return False
+    before = torch.get_rng_state()
+    copy.deepcopy(model).train()(torch.zeros(2, data.channels, data.image_size, data.image_size))
+    draws = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return not draws
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _randomness_of(settings: SimulationSettings, rank: int) -> Tensor:
@@ -117,6 +158,7 @@ class SimulatedRun:
         self.saved_means = SavedMeans(out)
         self.asked_to_stop = False
         self._works: list[RecipeWork] = []
+        self._pool: ThreadPoolExecutor | None = None
         self._first_step_s = self._end_s = self.begin_s
         if settings.no_gradients:
             self._start_without_gradients()
@@ -140,8 +182,11 @@ class SimulatedRun:
             batch_size=settings.batch_size,
             workers=settings.workers,
         )
+        threads = min(usable_cores(), self.ranks) if may_compute_ahead(self.model, self.data) else 1
+        self._pool = ThreadPoolExecutor(threads, "lasgd-gradient", torch.set_num_threads, (1,)) if threads > 1 else None
         self._works = [
-            RecipeWork(rank, settings, model, self._batches, self.notes) for rank, model in enumerate(models)
+            RecipeWork(rank, settings, model, self._batches, self.notes, self._pool)
+            for rank, model in enumerate(models)
         ]
         fragments = 1 if self.plan.cut == "auto" else self.plan.cut
         replicas = [
@@ -173,6 +218,8 @@ class SimulatedRun:
         finally:
             if self._works:
                 self._batches.close()
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
         self._end_s = time.monotonic()
         self.display.update(self._snapshot())
         if self.paces[0].end is End.DIVERGED:
@@ -294,7 +341,8 @@ class SimulatedRun:
 
 @contextmanager
 def _computing_as_ranks() -> Iterator[None]:
-    """One thread computes, as on a rank of many on a machine: small steps lose more by threads that meet than they win.
+    """Each gradient is one thread's, as on a rank of many on a machine: small steps lose more by threads that meet than
+    they win, and other ranks' gradients are there for the other cores.
 
     The ranks' random numbers come from generators of their own. Afterwards both are as before.
     """

@@ -51,8 +51,13 @@ Record = Callable[[int, str, float, float], None]
 class Work(Protocol):
     """What a rank really computes, where it does: gradients of its own model on its own data."""
 
+    def begin(self) -> None:
+        """The next gradient is asked for. Until `gradient` is called nobody changes the replica, so it may be computed
+        meanwhile."""
+        ...
+
     def gradient(self) -> None:
-        """Forward and backward on the next batch, at the replica's present values."""
+        """Forward and backward on the next batch, at the replica's present values: done when this returns."""
         ...
 
     def update(self, progress: float) -> None:
@@ -230,7 +235,7 @@ class Cluster:
     def _gradient_is_there(self, process: _Process) -> None:
         """The end of a gradient's duration."""
         if self._has_work:
-            process.rank.work.gradient()  # type: ignore[union-attr]  # all ranks have work, or none
+            process.rank.work.gradient()  # type: ignore[union-attr]
         if process.first_gradient is not None:
             waiting, after_s = process.first_gradient
             process.first_gradient = None
@@ -252,6 +257,8 @@ class Cluster:
             if process.pace.end is not None:
                 self._close(process)
                 return
+            if self._has_work:
+                process.rank.work.begin()  # type: ignore[union-attr]  # all ranks have work, or none
             process.duration_s = duration_s = process.next_duration()
             self.clock.at(self.clock.now_s + duration_s, process)
         elif isinstance(request, NextRound):
