@@ -12,8 +12,9 @@ import torch.distributed as dist
 from group_contract import GroupContract
 from helpers import raise_any, wait_all
 from lasgd.errors import ConfigurationError, PeerError
-from lasgd.group import c10d
+from lasgd.group import c10d, gloo
 from lasgd.group.c10d import C10dGroup
+from lasgd.group.gloo import GlooConnections
 from lasgd.group.scripted import Network
 
 
@@ -49,7 +50,7 @@ def test_a_rank_that_is_lost_while_gloo_connects_is_named_and_ends_in_time_itsel
         stuck.wait(20.0)
 
     monkeypatch.setattr(dist, "ProcessGroupGloo", connect)
-    monkeypatch.setattr(c10d, "ANSWER_S", 2.5)
+    monkeypatch.setattr(gloo, "ANSWER_S", 2.5)
     store = dist.HashStore()
     joins = [lambda rank=rank: C10dGroup(dist.PrefixStore("run", store), rank, 2, 1.0) for rank in range(2)]
     errors = wait_all(joins)
@@ -187,10 +188,10 @@ class _Work:
 
 def test_a_collective_that_ends_well_just_after_a_look_has_not_failed():
     work = _Work(error=None)
-    C10dGroup._wait_done(object.__new__(C10dGroup), work)
+    GlooConnections.wait_done(object.__new__(GlooConnections), work)
     assert work.looks == 2
 
 
 def test_a_collective_that_fails_just_after_a_look_gives_its_own_error():
     with pytest.raises(RuntimeError, match="reset by peer"):
-        C10dGroup._wait_done(object.__new__(C10dGroup), _Work(RuntimeError("reset by peer")))
+        GlooConnections.wait_done(object.__new__(GlooConnections), _Work(RuntimeError("reset by peer")))

@@ -6,9 +6,12 @@ the same order) and ends within `timeout_s`, with a PeerError that names whom it
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch.distributed as dist
 from torch import Tensor
+
+from lasgd.errors import PeerError
 
 
 @runtime_checkable
@@ -43,9 +46,9 @@ class Group(Protocol):
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """Replaces both CPU tensors by their sums over the members, in place; bit-identical on all of them.
 
-        They travel at the same time. Returns when the header and when the vector was complete here, in seconds of
-        time.monotonic(). The header cannot be before all members have joined; on a loaded link it may be much later,
-        queued behind the vector. Raises PeerError.
+        They travel at the same time; where the vector is empty, the header alone does. Returns when the header and
+        when the vector was complete here, in seconds of time.monotonic(). The header cannot be before all members have
+        joined; on a loaded link it may be much later, queued behind the vector. Raises PeerError.
         """
         ...
 
@@ -62,4 +65,56 @@ class Group(Protocol):
 
     def leave(self, reason: str | None = None) -> None:
         """Leaves at once; may be called twice. A `reason` (an error's text) is left behind for the others' messages."""
+        ...
+
+
+class Lane(Protocol):
+    """A second way to the same members, with an order of its own: for all-reduces beside the communicator's.
+
+    The training thread starts them, in the same order on all members; the communicator waits for them, in that order.
+    """
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """What torch's DistributedDataParallel takes. Its own collectives time out after `set_timeout`'s seconds."""
+        ...
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """For the collectives of `process_group` from now on; at first it is that of `wait_lane`."""
+        ...
+
+    def start_all_reduce(self, tensor: Tensor, timeout_s: float, is_payload: bool = True) -> Any:
+        """Begins to replace the tensor by its sum over the members, in place. Returns at once what to wait for.
+
+        What is no payload does not count as bytes sent. Raises PeerError where that cannot even begin.
+        """
+        ...
+
+    def wait_all_reduce(self, started: Any) -> None:
+        """Returns when the sum is there, bit-identical on all members. Raises PeerError."""
+        ...
+
+    def wait_broadcast_rest(self, n_bytes: int, begin_s: float) -> None:
+        """After a broadcast over `process_group` that began at `begin_s`: what is left of an emulated link's time."""
+        ...
+
+    def failure(self, error: Exception, what: str, after_s: float) -> PeerError:
+        """What an error of `process_group` stands for; gives the lane up."""
+        ...
+
+    def check_peers(self) -> None:
+        """Raises PeerError if another rank has noticed trouble, or has left because of some."""
+        ...
+
+    def leave(self) -> None:
+        """Ends whatever is on its way, with errors; any thread, and twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class GroupWithLane(Group, Protocol):
+    """A group over which gradients can be averaged during the backward pass."""
+
+    def wait_lane(self, timeout_s: float) -> Lane:
+        """Opens the lane: once, before the first local step, on all members. Leaving the group closes it."""
         ...

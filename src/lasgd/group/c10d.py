@@ -8,9 +8,7 @@ addresses left in the store by the dead would be taken for the living.
 from __future__ import annotations
 
 import os
-import re
 import socket
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,13 +18,9 @@ from torch import Tensor
 
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.cost import ring_bytes_sent
+from lasgd.group.gloo import LOOK_S, GlooConnections, first_line, megabytes
+from lasgd.group.lane import GlooLane
 from lasgd.group.notices import ANSWER_S, Notices, ranks_in_words, wait_answer
-
-ABORT_S = 1.0
-"""Longest wait for connections to close."""
-
-LOOK_S = 0.5
-"""While something takes long, how often to look whether another rank has noticed trouble."""
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
 
@@ -137,25 +131,25 @@ class C10dGroup:
         self._store = store
         self._notices = Notices(store, rank, world_size, hosts_store)
         self._has_left = False
-        self._gloo: dist.ProcessGroupGloo | None = None
+        self._connections: GlooConnections | None = None
+        self._lane: GlooLane | None = None
         try:
             self._wait_place(start_timeout_s)
             self.wait_exchange("joined", b"", start_timeout_s)
-            time_out = timedelta(seconds=start_timeout_s)
-            self._gloo = wait_answer(
-                lambda: dist.ProcessGroupGloo(store, rank, world_size, time_out), start_timeout_s + ANSWER_S
-            )
+            self._connections = self._wait_connected(store, start_timeout_s)
         except (PeerError, ConfigurationError) as error:
             self.leave(str(error))
             raise
+
+    def _wait_connected(self, store: dist.Store, timeout_s: float) -> GlooConnections:
+        try:
+            return GlooConnections(store, self.rank, self.world_size, timeout_s, self._notices)
         except (RuntimeError, TimeoutError) as error:
-            failure = PeerError(
-                f"rank {rank} of {world_size}: no Gloo connection to the other ranks: {_first_line(error)}. "
+            raise PeerError(
+                f"rank {self.rank} of {self.world_size}: no Gloo connection to the other ranks: {first_line(error)}. "
                 f"{self._notices.account()} "
                 "Ranks on several hosts must reach each other; GLOO_SOCKET_IFNAME names the interface to use"
-            )
-            self.leave(str(failure))
-            raise failure from error
+            ) from error
 
     def _wait_place(self, timeout_s: float) -> None:
         """Takes this rank's place. Raises ConfigurationError if it is taken, or if ranks disagree on their number.
@@ -197,16 +191,16 @@ class C10dGroup:
 
         def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
             reduce = gloo.allreduce  # pyright: ignore[reportAttributeAccessIssue]  torch's stubs lack it
-            pending = reduce([header], options), reduce([vector], options)
+            pending = [reduce([tensor], options) for tensor in (header, vector) if tensor.numel()]
             del reduce
-            del gloo  # see _abort: the last reference must not die here
+            del gloo  # see GlooConnections: the last reference must not die here
             self._wait_done(pending[0])
             joined_s = time.monotonic()
-            self._wait_done(pending[1])
+            self._wait_done(pending[-1])
             return joined_s, time.monotonic()
 
-        times = self._guarded(both, f"all-reduce of {_megabytes(vector)}", timeout_s)
-        self.bytes_sent += ring_bytes_sent(vector.nbytes + header.nbytes, self.world_size)
+        times = self._guarded(both, f"all-reduce of {megabytes(vector)}", timeout_s)
+        self._count(vector.nbytes + header.nbytes)
         return times
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
@@ -215,7 +209,7 @@ class C10dGroup:
         options.rootRank, options.rootTensor, options.timeout = source, 0, timedelta(seconds=timeout_s)
         self._guarded(
             lambda gloo: self._wait_done(gloo.broadcast([tensor], options)),
-            f"broadcast of {_megabytes(tensor)}",
+            f"broadcast of {megabytes(tensor)}",
             timeout_s,
         )
 
@@ -261,6 +255,16 @@ class C10dGroup:
             "Start all ranks, with the same WORLD_SIZE and MASTER_ADDR, within the time-out"
         )
 
+    def wait_lane(self, timeout_s: float) -> GlooLane:
+        """See GroupWithLane."""
+        store = dist.PrefixStore("lane", self._store)
+        connections = self._wait_connected(store, timeout_s)
+        self._lane = GlooLane(connections, store, self.rank, self.world_size, timeout_s, self._notices, self._count)
+        return self._lane
+
+    def _count(self, n_bytes: int) -> None:
+        self.bytes_sent += ring_bytes_sent(n_bytes, self.world_size)
+
     def leave(self, reason: str | None = None) -> None:
         """See Group. A rank that hosts the store stays up to two seconds for the others' last questions.
 
@@ -269,61 +273,17 @@ class C10dGroup:
         if self._has_left:
             return
         self._has_left = True
-        self._abort()
+        if self._lane is not None:
+            self._lane.leave()
+        if self._connections is not None:
+            self._connections.leave()
         self._notices.leave(reason)
 
-    def _abort(self) -> None:
-        gloo, self._gloo = self._gloo, None
-        if gloo is None:
-            return
-        # Closes the connections, so that whoever waits for this rank hears of it. Where the training thread leaves in
-        # the middle of the communicator's collective, torch waits for that to end, in abort or in the destructor; so
-        # the thread takes over the last reference.
-        thread = threading.Thread(target=_close, args=(gloo,), name="lasgd-abort", daemon=True)
-        del gloo
-        thread.start()
-        thread.join(ABORT_S)
-
     def _guarded(self, collective: Callable, what: str, timeout_s: float):
-        if self._gloo is None:
+        if self._connections is None:
             raise PeerError(f"{what}: this rank has left the group")
-        begin_s = time.monotonic()
-        try:
-            return collective(self._gloo)
-        except RuntimeError as error:
-            after_s = time.monotonic() - begin_s
-            if self._has_left:  # the training thread has left meanwhile: this rank's own doing
-                raise PeerError(f"{what}: this rank has left the group") from error
-            self._abort()  # poisoned: its pairs are out of step
-            raise PeerError(
-                f"{what} not finished after {after_s:.1f} s ({_first_line(error)}). {self._notices.account()} "
-                f"Raise timeout_s (now {timeout_s:g}) if the link is slow; see docs/footguns.md#silent-rank"
-            ) from error
+        return self._connections.wait_guarded(collective, what, timeout_s)
 
     def _wait_done(self, work: dist.Work) -> None:
-        """Waits for a collective, which has a time-out of its own. Raises RuntimeError, also on others' trouble."""
-        while True:
-            try:
-                work.wait(timedelta(seconds=LOOK_S))
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    # Its own error, if it has one: it may have ended well between the time-out and this question.
-                    work.wait()
-                    return
-                if self._has_left or self._notices.is_there_trouble():
-                    raise RuntimeError("another rank is in trouble") from None
-
-
-def _close(gloo: dist.ProcessGroupGloo) -> None:
-    gloo.abort()
-
-
-def _megabytes(tensor: Tensor) -> str:
-    return f"{tensor.nbytes / 1e6:.3g} MB"
-
-
-def _first_line(error: Exception) -> str:
-    """Gloo's message without source positions, addresses and advice."""
-    text = str(error).strip().splitlines()[0].split(" This is typically")[0]
-    return re.sub(r"\[[^\]]*\](:\d+)?:?\s*", "", text).strip(" .")[:160] or type(error).__name__
+        assert self._connections is not None
+        self._connections.wait_done(work)

@@ -4,12 +4,75 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import PeerError
-from lasgd.group.base import Group
+from lasgd.group.base import Group, GroupWithLane, Lane
 from lasgd.group.cost import broadcast_s, ring_all_reduce_s
+
+
+@dataclass(frozen=True)
+class EmulatedLink:
+    """What collectives cost on the links that are emulated, and sleeping until they have been paid for."""
+
+    vector_bytes: int
+    round_s: float | None
+    bandwidth_bytes_per_s: float | None
+    latency_s: float
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+
+    def __post_init__(self) -> None:
+        given = {
+            "vector_bytes": self.vector_bytes,
+            "round_s": self.round_s,
+            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
+        }
+        for name, value in given.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; expected more than 0")
+        if self.latency_s < 0 or (self.latency_s and self.bandwidth_bytes_per_s is None):
+            raise ValueError(
+                f"latency_s is {self.latency_s}; expected 0 or more, and more than 0 only with a bandwidth"
+            )
+
+    def all_reduce_s(self, part_bytes: int, header_bytes: int, members: int) -> float:
+        """Seconds of one all-reduce of a part of the vector, with its header."""
+        seconds = 0.0
+        if self.round_s is not None:
+            seconds = self.round_s * part_bytes / self.vector_bytes
+        if self.bandwidth_bytes_per_s is not None:
+            n_bytes = header_bytes + part_bytes
+            link_s = ring_all_reduce_s(n_bytes, members, self.latency_s, self.bandwidth_bytes_per_s)
+            seconds = max(seconds, link_s)
+        return seconds
+
+    def broadcast_s(self, n_bytes: int, members: int) -> float:
+        """Seconds of one broadcast."""
+        if self.bandwidth_bytes_per_s is None:
+            return 0.0
+        return broadcast_s(n_bytes, members, self.latency_s, self.bandwidth_bytes_per_s)
+
+    def wait_until(self, end_s: float) -> None:
+        """Returns at `end_s` of the clock."""
+        while (left_s := end_s - self.clock()) > 0:
+            self.sleep(left_s)
+
+    def wait_paid(self, end_s: float, deadline_s: float, timeout_s: float, what: str, n_bytes: int, group: Group):
+        """Returns at `end_s`; PeerError at the deadline, if that is sooner."""
+        self.wait_until(min(end_s, deadline_s))
+        if end_s > deadline_s:
+            others = ", ".join(str(member) for member in group.members if member != group.rank)
+            raise PeerError(
+                f"{what} of {n_bytes / 1e6:.3g} MB not finished after {timeout_s:.1f} s on the emulated link; it would "
+                f"have been {end_s - deadline_s:.1f} s later. Waited for ranks {others or 'none'}. Raise timeout_s, or "
+                f"choose a quicker condition"
+            )
 
 
 class PaddedGroup:
@@ -37,19 +100,9 @@ class PaddedGroup:
 
         Raises ValueError if a size, a time or a bandwidth is not positive.
         """
-        given = {"vector_bytes": vector_bytes, "round_s": round_s, "bandwidth_bytes_per_s": bandwidth_bytes_per_s}
-        for name, value in given.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; expected more than 0")
-        if latency_s < 0 or (latency_s and bandwidth_bytes_per_s is None):
-            raise ValueError(f"latency_s is {latency_s}; expected 0 or more, and more than 0 only with a bandwidth")
         self._group = group
-        self._vector_bytes = vector_bytes
-        self._round_s = round_s
-        self._bandwidth_bytes_per_s = bandwidth_bytes_per_s
-        self._latency_s = latency_s
-        self._clock = clock
-        self._sleep = sleep
+        self._link = EmulatedLink(vector_bytes, round_s, bandwidth_bytes_per_s, latency_s, clock, sleep)
+        self._has_lane = False
 
     @property
     def rank(self) -> int:
@@ -78,26 +131,36 @@ class PaddedGroup:
 
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """As the wrapped group's, but the vector arrives later. PeerError if that does not fit into `timeout_s`."""
-        deadline_s = self._clock() + timeout_s
+        link = self._link
+        deadline_s = link.clock() + timeout_s
         joined_s, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
         # The emulated time runs from when the last member joined, as on a slow link. This rank's own beginning would
         # be too early: after waiting for a straggler for longer than the padding it would get its mean for free.
         end_s = joined_s + self._all_reduce_s(header, vector)
         if end_s <= arrived_s:
             return joined_s, arrived_s
-        self._wait_until(end_s, deadline_s, timeout_s, "all-reduce", vector.nbytes)
-        return joined_s, self._clock()
+        link.wait_paid(end_s, deadline_s, timeout_s, "all-reduce", vector.nbytes, self._group)
+        return joined_s, link.clock()
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
         """As the wrapped group's, but ends later. PeerError if that does not fit into `timeout_s`."""
-        deadline_s = self._clock() + timeout_s
+        link = self._link
+        deadline_s = link.clock() + timeout_s
         self._group.wait_broadcast(tensor, source, timeout_s)
-        if self._bandwidth_bytes_per_s is None:
-            return
         # Who joined when is not known here, so the time runs from the end: too long by the real broadcast, never short.
-        members = len(self._group.members)
-        end_s = self._clock() + broadcast_s(tensor.nbytes, members, self._latency_s, self._bandwidth_bytes_per_s)
-        self._wait_until(end_s, deadline_s, timeout_s, "broadcast", tensor.nbytes)
+        end_s = link.clock() + link.broadcast_s(tensor.nbytes, len(self._group.members))
+        link.wait_paid(end_s, deadline_s, timeout_s, "broadcast", tensor.nbytes, self._group)
+
+    def wait_lane(self, timeout_s: float) -> PaddedLane:
+        """The wrapped group's, on the same slow links.
+
+        From now on a header that travels alone is not padded: it is small, and on its way while the training thread
+        computes; a sleep for it would keep the communicator from seeing the lane's all-reduces end.
+        """
+        if not isinstance(self._group, GroupWithLane):
+            raise TypeError(f"{type(self._group).__name__} has no lane")
+        self._has_lane = True
+        return PaddedLane(self._group.wait_lane(timeout_s), self._group, self._link)
 
     def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
         """The wrapped group's, not padded: kilobytes at the start of a run."""
@@ -108,22 +171,71 @@ class PaddedGroup:
         self._group.leave(reason)
 
     def _all_reduce_s(self, header: Tensor, vector: Tensor) -> float:
-        seconds = 0.0
-        if self._round_s is not None:
-            seconds = self._round_s * vector.nbytes / self._vector_bytes
-        if self._bandwidth_bytes_per_s is not None:
-            n_bytes, members = header.nbytes + vector.nbytes, len(self._group.members)
-            link_s = ring_all_reduce_s(n_bytes, members, self._latency_s, self._bandwidth_bytes_per_s)
-            seconds = max(seconds, link_s)
-        return seconds
+        if self._has_lane and not vector.numel():
+            return 0.0
+        return self._link.all_reduce_s(vector.nbytes, header.nbytes, len(self._group.members))
 
-    def _wait_until(self, end_s: float, deadline_s: float, timeout_s: float, what: str, n_bytes: int) -> None:
-        while (left_s := min(end_s, deadline_s) - self._clock()) > 0:
-            self._sleep(left_s)
-        if end_s > deadline_s:
-            others = ", ".join(str(member) for member in self._group.members if member != self._group.rank)
-            raise PeerError(
-                f"{what} of {n_bytes / 1e6:.3g} MB not finished after {timeout_s:.1f} s on the emulated link; it would "
-                f"have been {end_s - deadline_s:.1f} s later. Waited for ranks {others or 'none'}. Raise timeout_s, or "
-                f"choose a quicker condition"
-            )
+
+@dataclass(frozen=True)
+class StartedPadded:
+    """An all-reduce on its way, and a marker ahead of it that arrives when the last member has joined."""
+
+    marker: Any
+    inner: Any
+    n_bytes: int
+    begin_s: float
+    timeout_s: float
+
+
+class PaddedLane:
+    """Wraps any lane: its all-reduces follow each other on the emulated link, each from when all have joined it on.
+
+    An all-reduce that all have joined at `joined` ends at max(joined, the end of the one before) + its emulated time.
+    """
+
+    def __init__(self, lane: Lane, group: Group, link: EmulatedLink):
+        self._lane, self._group, self._link = lane, group, link
+        self._free_s = 0.0  # when the link has done what was on it
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The wrapped lane's, whose own collectives are not padded; see `wait_broadcast_rest`."""
+        return self._lane.process_group
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """The wrapped lane's."""
+        self._lane.set_timeout(timeout_s)
+
+    def start_all_reduce(self, tensor: Tensor, timeout_s: float, is_payload: bool = True) -> StartedPadded:
+        """As the wrapped lane's."""
+        begin_s = self._link.clock()
+        marker = self._lane.start_all_reduce(torch.zeros(1), timeout_s, is_payload=False)
+        inner = self._lane.start_all_reduce(tensor, timeout_s, is_payload)
+        return StartedPadded(marker, inner, tensor.nbytes, begin_s, timeout_s)
+
+    def wait_all_reduce(self, started: StartedPadded) -> None:
+        """As the wrapped lane's, but ends later. PeerError if that does not fit into the time-out."""
+        self._lane.wait_all_reduce(started.marker)
+        joined_s = self._link.clock()
+        self._lane.wait_all_reduce(started.inner)
+        seconds = self._link.all_reduce_s(started.n_bytes, 0, len(self._group.members))
+        self._free_s = max(self._free_s, joined_s) + seconds
+        deadline_s = started.begin_s + started.timeout_s
+        what = "all-reduce of gradients"
+        self._link.wait_paid(self._free_s, deadline_s, started.timeout_s, what, started.n_bytes, self._group)
+
+    def wait_broadcast_rest(self, n_bytes: int, begin_s: float) -> None:
+        """Sleeps until a broadcast that began at `begin_s` would have ended."""
+        self._link.wait_until(begin_s + self._link.broadcast_s(n_bytes, len(self._group.members)))
+
+    def failure(self, error: Exception, what: str, after_s: float) -> PeerError:
+        """The wrapped lane's."""
+        return self._lane.failure(error, what, after_s)
+
+    def check_peers(self) -> None:
+        """The wrapped lane's."""
+        self._lane.check_peers()
+
+    def leave(self) -> None:
+        """The wrapped lane's."""
+        self._lane.leave()
