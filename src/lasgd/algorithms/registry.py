@@ -32,6 +32,8 @@ class Algorithm:
     """The vector may be cut; else it is averaged whole."""
     lets_ranks_leave: bool = True
     """A rank may take fewer local steps than the others and still end with them."""
+    averages_gradients: bool = False
+    """Every local step waits for the mean of all gradients, which a driver may also form during the backward pass."""
 
 
 _ALGORITHMS = {
@@ -39,7 +41,7 @@ _ALGORITHMS = {
     for algorithm in (
         Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True),
         Algorithm("local_sgd", local_sgd.compute, None),
-        Algorithm("sync_sgd", sync_sgd.compute, None, lets_ranks_leave=False),
+        Algorithm("sync_sgd", sync_sgd.compute, None, lets_ranks_leave=False, averages_gradients=True),
         Algorithm("independent", independent.compute, independent.communicate, agrees=False, ends_identical=False),
     )
 }

@@ -94,8 +94,8 @@ class Lane(Protocol):
         """Returns when the sum is there, bit-identical on all members. Raises PeerError."""
         ...
 
-    def wait_broadcast_rest(self, n_bytes: int, begin_s: float) -> None:
-        """After a broadcast over `process_group` that began at `begin_s`: what is left of an emulated link's time."""
+    def wait_broadcast_rest(self, n_bytes: int) -> None:
+        """After a broadcast over `process_group`: until it would have ended on an emulated link."""
         ...
 
     def failure(self, error: Exception, what: str, after_s: float) -> PeerError:

@@ -77,7 +77,7 @@ class GlooLane:
         if started.is_payload:
             self._count(started.tensor.nbytes)
 
-    def wait_broadcast_rest(self, n_bytes: int, begin_s: float) -> None:
+    def wait_broadcast_rest(self, n_bytes: int) -> None:
         """See Lane. Nothing: the link is real."""
 
     def failure(self, error: Exception, what: str, after_s: float) -> PeerError:

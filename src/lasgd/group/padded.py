@@ -224,9 +224,9 @@ class PaddedLane:
         what = "all-reduce of gradients"
         self._link.wait_paid(self._free_s, deadline_s, started.timeout_s, what, started.n_bytes, self._group)
 
-    def wait_broadcast_rest(self, n_bytes: int, begin_s: float) -> None:
-        """Sleeps until a broadcast that began at `begin_s` would have ended."""
-        self._link.wait_until(begin_s + self._link.broadcast_s(n_bytes, len(self._group.members)))
+    def wait_broadcast_rest(self, n_bytes: int) -> None:
+        """Sleeps for a broadcast's time, from the end of the real one on, as PaddedGroup does."""
+        self._link.wait_until(self._link.clock() + self._link.broadcast_s(n_bytes, len(self._group.members)))
 
     def failure(self, error: Exception, what: str, after_s: float) -> PeerError:
         """The wrapped lane's."""

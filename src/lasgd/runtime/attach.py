@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
-from lasgd.group.base import Group
+from lasgd.group.base import Group, GroupWithLane, Lane
 from lasgd.layout import Layout, check_no_element_twice, described, memory_key
 from lasgd.merge import rule as merge_rule
 from lasgd.pace import Pace
 from lasgd.replica import Replica
 from lasgd.runtime.averaging import Averaging
+from lasgd.runtime.broadcast import wait_broadcast
 from lasgd.runtime.hooks import check_optimizers
+from lasgd.runtime.parallel import MeanGradients
 from lasgd.tally import Tally
-
-_SMALL_BYTES = 2**20
 
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
 """Thirty days: far beyond it the system's clocks overflow."""
@@ -44,6 +44,7 @@ def attach(
     timeout_s: float = 60.0,
     start_timeout_s: float = 120.0,
     must_match: Mapping[str, Any] | None = None,
+    ddp: bool = False,
     group: Group | None = None,
 ) -> Averaging:
     """Averages `model` with the other ranks' in the background of an ordinary training loop.
@@ -71,6 +72,7 @@ def attach(
     timeout_s        seconds without a finished round after which the silent ranks are reported
     start_timeout_s  seconds to wait for all ranks to start, and for the first round
     must_match       settings of yours that have to be equal on all ranks
+    ddp              "sync_sgd" by torch's DistributedDataParallel, during the backward pass: call `averaging.model(x)`
     group            who is in; default: the ranks that torchrun's environment names
 
     The optimizers keep their own state and may be any but LBFGS. Trainable parameters and persistent floating-point
@@ -87,9 +89,14 @@ def attach(
     if fragments != "auto" and (not isinstance(fragments, int) or isinstance(fragments, bool) or fragments < 1):
         raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
     found = registry.find(algorithm)
+    if ddp and not found.averages_gradients:
+        raise ConfigurationError(
+            f"ddp=True is for algorithms that average gradients, and {algorithm} averages replicas; leave it out"
+        )
     tally = Tally(batch_size)
     cut = fragments if found.takes_fragments else 1
-    replica = Replica(model, tally, 1 if cut == "auto" else cut, merge_rule(merge))
+    kind = MeanGradients if ddp else Replica
+    replica = kind(model, tally, 1 if cut == "auto" else cut, merge_rule(merge))
     check_optimizers(optimizers)
     _check_parameters(model, optimizers)
     for name, tensor in unique_state(model).items():
@@ -109,12 +116,14 @@ def attach(
         "steps_per_round": steps_per_round,
         "evaluations": evaluations,
         "checkpoints": checkpoints,
+        "ddp": ddp,
         **(must_match or {}),
     }
     try:
         wait_equal_settings(group, settings, start_timeout_s)
         wait_equal_models(group, replica.layout.describe() + _describe_others(model, replica.layout), start_timeout_s)
-        wait_broadcast_model(group, model, start_timeout_s)
+        wait_broadcast(group, unique_state(model).values(), start_timeout_s)
+        lane = _wait_lane(group, start_timeout_s) if ddp else None
         return Averaging(
             model,
             optimizers,
@@ -125,6 +134,7 @@ def attach(
             keep_mean=keep_mean,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
+            lane=lane,
         )
     except BaseException as error:
         group.leave(f"{type(error).__name__}: {error}")
@@ -166,38 +176,10 @@ def _describe_others(model: nn.Module, layout: Layout) -> list[tuple[str, list[i
     return [described(name, t) for name, t in unique_state(model).items() if memory_key(t) not in averaged]
 
 
-def wait_broadcast_model(group: Group, model: nn.Module, timeout_s: float) -> None:
-    """Gives every rank rank 0's parameters and persistent buffers, bit for bit. Large tensors travel in place."""
-    small: list[Tensor] = []
-    for tensor in unique_state(model).values():
-        if tensor.nbytes < _SMALL_BYTES:
-            small.append(tensor)
-        else:
-            _wait_broadcast_large(group, tensor.detach(), timeout_s)
-        if sum(t.nbytes for t in small) >= _SMALL_BYTES:
-            _wait_broadcast_small(group, small, timeout_s)
-            small = []
-    _wait_broadcast_small(group, small, timeout_s)
-
-
-def _wait_broadcast_large(group: Group, tensor: Tensor, timeout_s: float) -> None:
-    travels_itself = tensor.device.type == "cpu" and tensor.is_contiguous()
-    whole = tensor if travels_itself else tensor.contiguous().cpu()
-    group.wait_broadcast(whole.view(-1).view(torch.uint8), group.members[0], timeout_s)
-    if not travels_itself:
-        tensor.copy_(whole)
-
-
-@torch.no_grad()
-def _wait_broadcast_small(group: Group, tensors: list[Tensor], timeout_s: float) -> None:
-    tensors = [t.detach() for t in tensors if t.numel()]
-    if not tensors:
-        return
-    flat = torch.cat([t.contiguous().view(-1).view(torch.uint8).cpu() for t in tensors])
-    group.wait_broadcast(flat, group.members[0], timeout_s)
-    for tensor, received in zip(tensors, flat.split([t.nbytes for t in tensors]), strict=True):
-        # clone: a view of another dtype needs its memory aligned, and a piece of `flat` may begin anywhere
-        tensor.copy_(received.clone().view(tensor.dtype).view(tensor.shape))
+def _wait_lane(group: Group, timeout_s: float) -> Lane:
+    if not isinstance(group, GroupWithLane):
+        raise ConfigurationError(f"ddp=True needs a group with a lane (lasgd.group.base), not {type(group).__name__}")
+    return group.wait_lane(timeout_s)
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:

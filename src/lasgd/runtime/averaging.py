@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 from lasgd.algorithms.registry import Algorithm
 from lasgd.algorithms.requests import AllReduceMean, Failure, Gradient, Mean, Update
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
-from lasgd.group.base import Group
+from lasgd.group.base import Group, Lane
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
+from lasgd.runtime.broadcast import wait_broadcast
 from lasgd.runtime.communicator import Communicator, Record
 from lasgd.runtime.hooks import OptimizerHooks
 from lasgd.runtime.means import MeanKeeper
+from lasgd.runtime.parallel import ParallelModel
 from lasgd.runtime.phase import Phase, PhaseTable
 
 STATE_VERSION = 1
@@ -51,6 +53,7 @@ class Averaging:
         keep_mean: bool,
         timeout_s: float,
         start_timeout_s: float,
+        lane: Lane | None = None,
     ):
         self.pace = pace
         """What the ranks agree on. Read only."""
@@ -77,12 +80,21 @@ class Averaging:
             timeout_s,
             start_timeout_s,
             self._record,
+            lane,
         )
+        self._parallel: ParallelModel | None = None
+        if lane is not None:
+            self._parallel = ParallelModel(
+                model, lane, self._communicator, group.world_size, timeout_s, start_timeout_s
+            )
+        self.model: nn.Module = self._parallel.module if self._parallel else model
+        """What the loop calls: the model itself, or DistributedDataParallel around it where `ddp=True` asks for it."""
         self._compute = algorithm.compute(replica, pace)
         self._request: Any = None
         self._since_s = 0.0  # when the training thread began what it is computing now
         self._has_waited = False  # within the present local step
         self._averages_gradients = False
+        self._late: AllReduceMean | None = None  # with DDP: the request that goes out after the update
         self._pid = os.getpid()
         self._is_averaged = False
         self._digests = 0
@@ -151,6 +163,16 @@ class Averaging:
         """Calls record(kind, begin_s, end_s) for each `round` (communicator's thread) and `compute` step (this one)."""
         self._recorders.append(record)
 
+    def on_bucket(self, wait: Callable[[], None]) -> None:
+        """With DDP: calls `wait()` when a bucket of gradients is full, before its all-reduce begins; else nothing."""
+        if self._parallel is not None:
+            self._parallel.before_bucket = wait
+
+    @property
+    def waited_within_passes_s(self) -> float:
+        """Seconds in which forward and backward passes have stood still for the network; only with DDP above 0."""
+        return self._parallel.waited_s if self._parallel is not None else 0.0
+
     def on_evaluation(self, deliver: Callable[..., None]) -> None:
         """Calls deliver(KeptMean) on the communicator's thread after each of `evaluations` parts of the budget."""
         self._means.deliver_evaluations(deliver)
@@ -162,6 +184,9 @@ class Averaging:
             raise ConfigurationError("a step before the averaging has started: put the loop into `with averaging:`")
         if isinstance(self._request, Gradient):
             self._communicator.begin()
+            if self._parallel is not None:
+                self._raise_failure()  # the gradients mean nothing then
+                self._count_waits(self._parallel.take_waits())
             self._advance()
         if self._request is None:
             raise ConfigurationError(
@@ -183,6 +208,8 @@ class Averaging:
         self._record("update" if self._has_waited else "compute", self._since_s, now_s)
         self._since_s, self._has_waited = now_s, False
         self._advance()
+        if self._late is not None and self._request is not None:
+            self._communicator.ask(self._late)  # travels while the next step computes
         if self._averages_gradients and self._means.is_wanted(self.pace):
             # Replicas do not differ, so each is the mean.
             self._means.take(0, self.replica.snapshot(self.replica.fragments[0]).values, self.pace)
@@ -200,19 +227,33 @@ class Averaging:
 
     def _wait_answer(self, request: AllReduceMean) -> Mean | Failure:
         begin_s = time.monotonic()
-        outcome = self._communicator.wait_answer(request)
+        if self._parallel is None or self._late is None:
+            self._communicator.ask(request)
+        outcome = self._communicator.wait_answer()
+        if self._parallel is not None:
+            # The mean is there; only what the ranks say of themselves travels. It is said after the update, and heard
+            # at the next gradient, so that nobody waits for it. All ranks do so, and hear in the same step what they
+            # would have heard, had they said it at that gradient: the counts are of complete steps either way.
+            self._late = request
         self._raise_failure()
         now_s = time.monotonic()
         self._averages_gradients = request.sent.is_gradient
-        self.tally.waited_s += now_s - begin_s
         if isinstance(self._request, Gradient):  # within a local step, whose first part ends here
-            self._record("compute", self._since_s, begin_s)
-            self._has_waited = True
-        else:
-            self.tally.start_clock(now_s)
+            self._count_waits([(begin_s, now_s)])
+            return outcome
+        self.tally.start_clock(now_s)
+        self.tally.waited_s += now_s - begin_s
         self._record("wait", begin_s, now_s)
         self._since_s = now_s
         return outcome
+
+    def _count_waits(self, waits: list[tuple[float, float]]) -> None:
+        """Times of standing still within a local step, one after the other."""
+        for begin_s, end_s in waits:
+            self.tally.waited_s += end_s - begin_s
+            self._record("update" if self._has_waited else "compute", self._since_s, begin_s)
+            self._record("wait", begin_s, end_s)
+            self._since_s, self._has_waited = end_s, True
 
     # The end
 
@@ -259,6 +300,8 @@ class Averaging:
         self._raise_failure()
         if self.pace.end in (End.SAMPLES, End.LEFT):
             self.replica.show_average()
+            if self._parallel is not None:  # which leaves each rank what its last forward pass did to its buffers
+                wait_broadcast(self.group, self._model.buffers(), self._timeout_s)
         self._is_averaged = True
         # Before the agreed end this was waiting; after it there is nothing left to do.
         self.tally.waited_s += max(0.0, (self._communicator.end_agreed_s or begin_s) - begin_s)
@@ -289,6 +332,8 @@ class Averaging:
             reason = "its averaging was closed before the agreed end"
         atexit.unregister(self._at_exit)
         self._hooks.remove()
+        if self._parallel is not None:
+            self._parallel.close()
         self._communicator.close()
         self._phase.move("close", self.pace.round)
         self._compute.close()

@@ -1,6 +1,7 @@
 """The background thread: runs an algorithm's `communicate` over a group, or serves one that waits.
 
-It owns the group, the round's flat buffer and the agreement (`Pace`). What goes wrong here becomes a value,
+It owns the group, the round's flat buffer and the agreement (`Pace`). Where gradients are averaged during the backward
+pass it also waits for their all-reduces (see parallel.py). What goes wrong here becomes a value,
 `failure`, that the training thread meets at its next step boundary. It never dies quietly: `ended` is always set.
 """
 
@@ -10,10 +11,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import Any, Protocol
 
 from lasgd.algorithms.requests import AllReduceMean, Answer, Failure, Mean, NextRound, Request, Stop
 from lasgd.errors import ConfigurationError, DivergenceError, LasgdError, PeerError, ProtocolError
-from lasgd.group.base import Group
+from lasgd.group.base import Group, Lane
 from lasgd.pace import Column, End, Pace
 from lasgd.replica import Replica
 from lasgd.runtime.means import MeanKeeper
@@ -21,6 +23,17 @@ from lasgd.runtime.phase import PhaseTable
 
 Record = Callable[[str, float, float], None]
 """(kind, begin_s, end_s), both of time.monotonic()."""
+
+
+class Reduction(Protocol):
+    """An all-reduce of gradients that the training thread has started, and waits for within its backward pass."""
+
+    started: Any  # what the lane waits for, or the PeerError for which it could not start
+    ready_s: float
+
+    def settle(self) -> None:
+        """Lets the backward pass go on."""
+        ...
 
 
 LOOK_S = 1.0
@@ -41,6 +54,7 @@ class Communicator(threading.Thread):
         timeout_s: float,
         start_timeout_s: float,
         record: Record,
+        lane: Lane | None = None,
     ):
         super().__init__(name=f"lasgd-communicator-{group.rank}", daemon=True)
         self.failure: LasgdError | None = None
@@ -55,7 +69,8 @@ class Communicator(threading.Thread):
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._has_begun = False
         self._is_awake = False
-        self._asked: queue.SimpleQueue[AllReduceMean | None] = queue.SimpleQueue()
+        self._lane = lane
+        self._asked: queue.SimpleQueue[AllReduceMean | Reduction | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._arrived_s: float | None = None
@@ -77,19 +92,28 @@ class Communicator(threading.Thread):
         self.begin()
         self.finish()
 
-    def wait_answer(self, request: AllReduceMean) -> Mean | Failure:
-        """Training thread, of an algorithm that waits: has the request carried out here.
+    def ask(self, request: AllReduceMean) -> None:
+        """Training thread, of an algorithm that waits: has the request carried out here. One at a time."""
+        self._asked.put(request)
+
+    def wait_answer(self) -> Mean | Failure:
+        """Training thread: the answer to what it has asked for.
 
         Ends because rounds do, each within its time-out, and because this thread never dies without an answer.
         """
-        self._asked.put(request)
         while True:
             try:
                 return self._answers.get(timeout=LOOK_S)
             except queue.Empty:
                 if self.ended.is_set() and self._answers.empty():
-                    cause = self.failure or ProtocolError(f"{self._where()}: the communicator has ended")
+                    cause = self.failure or ProtocolError(f"{self.where()}: the communicator has ended")
                     return Failure(cause)
+
+    def hand_over(self, reduction: Reduction) -> None:
+        """Training thread, within the backward pass: has the all-reduce waited for, and settled in any case."""
+        self._asked.put(reduction)
+        if self.ended.is_set():  # else it is seen by `_serve`, or after `ended` by `run`
+            self._settle_rest()
 
     def finish(self) -> None:
         """Training thread, of an algorithm that waits: it has come to its end and asks for nothing more."""
@@ -109,18 +133,57 @@ class Communicator(threading.Thread):
         except LasgdError as error:
             self._fail(error)
         except BaseException as error:  # whatever it is, the training thread must hear of it
-            wrapped = ProtocolError(f"{self._where()}: the communicator stopped: {type(error).__name__}: {error}")
+            wrapped = ProtocolError(f"{self.where()}: the communicator stopped: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
             self._fail(wrapped)
         finally:
             if self._algorithm is not None:
                 self._algorithm.close()
             self.ended.set()
+            self._settle_rest()
 
     def _serve(self) -> None:
         """For algorithms that wait: carries out what the training thread hands over, until it has nothing more."""
-        while (request := self._asked.get()) is not None:
-            self._answers.put(self._all_reduce_mean(request))
+        while (asked := self._wait_asked()) is not None:
+            if isinstance(asked, AllReduceMean):
+                self._answers.put(self._all_reduce_mean(asked))
+            else:
+                self._wait_reduced(asked)
+
+    def _wait_asked(self) -> AllReduceMean | Reduction | None:
+        if self._lane is None:
+            return self._asked.get()
+        while True:
+            try:
+                return self._asked.get(timeout=LOOK_S)
+            except queue.Empty:
+                # The training thread may stand in a collective of DDP's own, which hears of neighbours only.
+                if self.failure is None:
+                    self._lane.check_peers()
+
+    def _wait_reduced(self, reduction: Reduction) -> None:
+        begin_s = time.monotonic()
+        try:
+            if self.failure is None:
+                assert self._lane is not None
+                if isinstance(reduction.started, PeerError):
+                    raise reduction.started
+                self._lane.wait_all_reduce(reduction.started)
+        except PeerError as error:
+            self._fail(PeerError(f"{self.where()}: {error}"))
+        finally:
+            reduction.settle()
+        self._record("round", max(begin_s, reduction.ready_s), time.monotonic())
+
+    def _settle_rest(self) -> None:
+        """After the end: lets go whoever waits for what is still in the queue."""
+        while True:
+            try:
+                asked = self._asked.get_nowait()
+            except queue.Empty:
+                return
+            if asked is not None and not isinstance(asked, AllReduceMean):
+                asked.settle()
 
     def _drive(self, algorithm: Generator[Request, Answer, None]) -> None:
         answer: Answer = None
@@ -137,7 +200,7 @@ class Communicator(threading.Thread):
             return self._wait_due(request.not_before_s)
         if isinstance(request, AllReduceMean):
             return self._all_reduce_mean(request)
-        raise ProtocolError(f"{self._where()}: the communicator cannot answer {type(request).__name__}")
+        raise ProtocolError(f"{self.where()}: the communicator cannot answer {type(request).__name__}")
 
     def _wait_due(self, not_before_s: float) -> Stop | None:
         if not self._is_awake:
@@ -154,7 +217,7 @@ class Communicator(threading.Thread):
         replica, sent = self._replica, request.sent
         if any(parameter.requires_grad for parameter in replica.layout.frozen):
             raise ConfigurationError(
-                f"{self._where()}: a parameter that was frozen when lasgd.attach was called is trainable now, and "
+                f"{self.where()}: a parameter that was frozen when lasgd.attach was called is trainable now, and "
                 "would not be averaged. End this averaging and attach anew after unfreezing"
             )
         vector = self._vector(sent.values.numel()).copy_(sent.values)
@@ -174,7 +237,7 @@ class Communicator(threading.Thread):
             timeout_s = self._start_timeout_s if is_first else self._timeout_s
             _, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
         except PeerError as error:
-            self._fail(PeerError(f"{self._where()}: {error}"))
+            self._fail(PeerError(f"{self.where()}: {error}"))
             return Failure(error)
         self._record("round", begin_s, arrived_s)
         self._arrived_s, self._round_s = arrived_s, arrived_s - begin_s
@@ -189,6 +252,8 @@ class Communicator(threading.Thread):
 
     def _vector(self, size: int):
         """The round's buffer: as large as the largest fragment, replaced only when the vector is cut anew."""
+        if not size:
+            return self._buffer[:0]
         largest = max(fragment.size for fragment in self._replica.fragments)
         if self._buffer.numel() != largest:
             self._buffer = self._replica.fences.host_buffer(largest, self._replica.layout.dtype)
@@ -204,7 +269,7 @@ class Communicator(threading.Thread):
     def _raise_if_diverged(self) -> None:
         if self._pace.end is End.DIVERGED:
             raise DivergenceError(
-                f"{self._where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
+                f"{self.where()}: every rank holds NaN or Inf, so no mean is left to recover from. "
                 "Lower the learning rate, lengthen the warm-up or clip gradients; a checkpoint is of use only if it "
                 "was cut before that"
             )
@@ -213,6 +278,9 @@ class Communicator(threading.Thread):
         if self.failure is None:
             self.failure = error
             self._phase.move("fail", self._pace.round)
+            if self._lane is not None:
+                self._lane.leave()  # whoever waits for its collectives hears of it
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Rank and round, for messages."""
         return f"rank {self._group.rank} of {self._group.world_size}: round {self._pace.round + 1}"

@@ -84,6 +84,7 @@ class Trainer:
         self._loss: float | None = None
         self._shown_s = 0.0
         self._samples_before = averaging.pace.samples
+        averaging.on_bucket(self._wait_bucket)
 
     def run(self) -> None:
         """Trains until `averaging.finished`, cutting checkpoints where they are due; inside `with averaging`."""
@@ -103,13 +104,20 @@ class Trainer:
         images = batch.images.to(self._device, non_blocking=True)
         labels = batch.labels.to(self._device, non_blocking=True)
         self._padding.begin()
-        loss = local_step.gradient(self._model, images, labels)
-        if self._device.type == "cuda" and not self._padding.is_idle:
-            torch.cuda.current_stream(self._device).synchronize()  # a padded step is timed on the host
+        loss = local_step.gradient(self._averaging.model, images, labels)
+        self._wait_device()
         self._padding.wait_rest()
         self.position = batch.position + len(batch.labels)
         local_step.update(self._optimizer, self._settings, self._averaging.progress)
         return loss
+
+    def _wait_bucket(self) -> None:
+        self._wait_device()
+        self._padding.wait_moment()
+
+    def _wait_device(self) -> None:
+        if self._device.type == "cuda" and not self._padding.is_idle:
+            torch.cuda.current_stream(self._device).synchronize()  # a padded step is timed on the host
 
     def _cut_checkpoint_if_due(self, patience_s: float = 0.0) -> None:
         number = self._averaging.checkpoint_due

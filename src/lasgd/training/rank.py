@@ -109,6 +109,7 @@ class _Run:
             self.averaging.world_size,
             settings.seed,
             local_step=self.averaging.tally.local_steps,
+            waited_s=lambda: self.averaging.waited_within_passes_s,
         )
 
     def stop(self) -> None:

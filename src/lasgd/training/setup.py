@@ -8,6 +8,7 @@ import os
 import torch
 from torch import nn
 
+from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
 from lasgd.group import c10d
 from lasgd.group.base import Group
@@ -108,6 +109,7 @@ def wait_attached(
         timeout_s=settings.timeout_s,
         start_timeout_s=settings.start_timeout_s,
         must_match={k: v for k, v in settings.model_dump(mode="json").items() if k not in OWN_TO_A_RANK},
+        ddp=registry.find(settings.algorithm).averages_gradients,
         group=group,
     )
 
