@@ -162,3 +162,96 @@ def test_waiting_without_a_beginning_is_a_bug_that_is_named():
 def test_a_rank_that_does_not_exist_is_refused():
     with pytest.raises(ConfigurationError, match="no rank 7"):
         StepPadding(parse("straggler=7:4x"), 0, 4, 0)
+
+
+class Step:
+    """A step whose gradients become ready bucket by bucket, on a clock that only computing, sleeping and waiting move.
+
+    The last bucket's all-reduce takes `network_s`, in which the rank waits, and the padding is told so.
+    """
+
+    def __init__(self, text: str, *, rank: int = 0, seed: int = 0, late_s: float = 0.0) -> None:
+        self.clock = VirtualClock(late_s)
+        self.waited_s = 0.0
+        self.padding = StepPadding(
+            parse(text), rank, 4, seed, waited_s=lambda: self.waited_s, clock=self.clock, sleep=self.clock.sleep
+        )
+
+    def take(self, *parts_s: float, network_s: float = 0.0, broadcast_s: float = 0.0) -> list[float]:
+        """Computes for `parts_s`, a bucket being ready after each; the buckets' moments and the end, from the begin."""
+        begun_s = self.clock()
+        self.padding.begin()
+        self._wait(broadcast_s)
+        moments = []
+        for seconds in parts_s:
+            self.clock.now_s += seconds
+            self.padding.wait_moment()
+            moments.append(self.clock() - begun_s)
+        self._wait(network_s)
+        self.padding.wait_rest()
+        return [*moments, self.clock() - begun_s]
+
+    def _wait(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+        self.waited_s += seconds
+
+
+def test_a_bucket_leaves_at_the_moment_that_it_stands_for_in_a_step_stretched_in_proportion():
+    step = Step("step=100ms")
+    step.take(0.012, 0.008)
+    assert step.take(0.012, 0.008) == pytest.approx([0.06, 0.1, 0.1])
+    assert step.take(0.005, 0.005, 0.010) == pytest.approx([0.025, 0.05, 0.1, 0.1])
+
+
+def test_the_first_step_is_stretched_at_its_end_because_nobody_knows_yet_how_long_it_computes():
+    assert Step("step=100ms").take(0.012, 0.008) == pytest.approx([0.012, 0.02, 0.1])
+
+
+def test_the_median_of_nine_steps_stands_for_the_length_of_the_present_one():
+    step = Step("step=100ms")
+    for seconds in (0.02, 0.02, 0.09, 0.02, 0.02):
+        step.take(seconds)
+    assert step.take(0.01, 0.01)[0] == pytest.approx(0.05)
+    for _ in range(9):
+        step.take(0.04)
+    assert step.take(0.01, 0.01)[0] == pytest.approx(0.025)
+
+
+def test_a_step_slower_than_expected_is_stretched_to_its_padding_and_no_further():
+    step = Step("step=100ms")
+    step.take(0.02)
+    assert step.take(0.03, 0.01) == pytest.approx([0.1, 0.11, 0.11])
+    assert step.padding.overruns == 0
+
+
+def test_a_straggler_without_step_is_stretched_by_its_factor_from_the_first_step_on():
+    assert Step("straggler=1:4x", rank=1).take(0.012, 0.008) == pytest.approx([0.048, 0.08, 0.08])
+
+
+def test_time_spent_waiting_for_the_network_is_neither_computing_nor_padding():
+    step = Step("step=100ms")
+    step.take(0.02)
+    assert step.take(0.01, 0.01, network_s=0.9) == pytest.approx([0.05, 0.1, 1.0])
+    assert step.take(0.01, 0.01, broadcast_s=0.3) == pytest.approx([0.35, 0.4, 0.4])
+    assert step.padding.overruns == 0
+    assert step.take(0.01, 0.01) == pytest.approx([0.05, 0.1, 0.1])  # nor does it count as the step's own length
+
+
+def test_a_stall_comes_before_all_buckets_and_lengthens_the_step_once():
+    step = Step("step=100ms+stall=1s@100%")
+    assert step.take(0.01, 0.01) == pytest.approx([1.01, 1.02, 1.1])
+    assert step.take(0.01, 0.01, network_s=0.5) == pytest.approx([1.05, 1.1, 1.6])
+
+
+def test_late_wake_ups_within_a_step_are_made_up_for_at_its_later_moments():
+    step = Step("step=100ms", late_s=0.003)
+    step.take(0.02)
+    *moments, end_s = step.take(0.005, 0.005, 0.010)
+    assert moments == pytest.approx([0.028, 0.053, 0.103])
+    assert end_s == pytest.approx(0.103)
+
+
+def test_without_padding_a_bucket_leaves_at_once():
+    step = Step("fast")
+    assert step.take(0.01, 0.01) == pytest.approx([0.01, 0.02, 0.02])
+    assert step.clock.sleeps == 0

@@ -199,7 +199,8 @@ class C10dGroup:
             self._wait_done(pending[-1])
             return joined_s, time.monotonic()
 
-        times = self._guarded(both, f"all-reduce of {megabytes(vector)}", timeout_s)
+        what = megabytes(vector) if vector.numel() else "a header"
+        times = self._guarded(both, f"all-reduce of {what}", timeout_s)
         self._count(vector.nbytes + header.nbytes)
         return times
 

@@ -186,7 +186,10 @@ class Averaging:
             self._communicator.begin()
             if self._parallel is not None:
                 self._raise_failure()  # the gradients mean nothing then
-                self._count_waits(self._parallel.take_waits())
+                *earlier, last = self._parallel.take_waits()  # the last is that of the backward pass
+                for begin_s, end_s in earlier:
+                    self._count_wait("update", begin_s, end_s)
+                self._count_wait("compute", *last)
             self._advance()
         if self._request is None:
             raise ConfigurationError(
@@ -239,7 +242,7 @@ class Averaging:
         now_s = time.monotonic()
         self._averages_gradients = request.sent.is_gradient
         if isinstance(self._request, Gradient):  # within a local step, whose first part ends here
-            self._count_waits([(begin_s, now_s)])
+            self._count_wait("update" if self._has_waited else "compute", begin_s, now_s)
             return outcome
         self.tally.start_clock(now_s)
         self.tally.waited_s += now_s - begin_s
@@ -247,13 +250,12 @@ class Averaging:
         self._since_s = now_s
         return outcome
 
-    def _count_waits(self, waits: list[tuple[float, float]]) -> None:
-        """Times of standing still within a local step, one after the other."""
-        for begin_s, end_s in waits:
-            self.tally.waited_s += end_s - begin_s
-            self._record("update" if self._has_waited else "compute", self._since_s, begin_s)
-            self._record("wait", begin_s, end_s)
-            self._since_s, self._has_waited = end_s, True
+    def _count_wait(self, before: str, begin_s: float, end_s: float) -> None:
+        """A time of standing still within a local step, and `before`: the kind of what this rank did until then."""
+        self.tally.waited_s += end_s - begin_s
+        self._record(before, self._since_s, begin_s)
+        self._record("wait", begin_s, end_s)
+        self._since_s, self._has_waited = end_s, True
 
     # The end
 
