@@ -1,4 +1,4 @@
-"""Synchronous SGD three ways, two real ranks each: torch's DistributedDataParallel (DDP), ours over it, our text alone."""
+"""Synchronous SGD three ways, two real ranks each: DistributedDataParallel, ours over it, and our text alone."""
 
 from __future__ import annotations
 

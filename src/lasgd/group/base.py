@@ -71,7 +71,7 @@ class Group(Protocol):
 class Lane(Protocol):
     """A second way to the same members, with an order of its own: for all-reduces beside the communicator's.
 
-    The training thread starts them, in the same order on all members; the communicator waits for them, in that order.
+    The training thread starts them, in the same order on all members; another one waits for them, in that order.
     """
 
     @property

@@ -127,7 +127,7 @@ class C10dGroup:
         self.rank = rank
         self.world_size = world_size
         self.members = tuple(range(world_size))
-        self.bytes_sent = 0
+        self._bytes_sent = 0
         self._store = store
         self._notices = Notices(store, rank, world_size, hosts_store)
         self._has_left = False
@@ -201,7 +201,7 @@ class C10dGroup:
 
         what = megabytes(vector) if vector.numel() else "a header"
         times = self._guarded(both, f"all-reduce of {what}", timeout_s)
-        self._count(vector.nbytes + header.nbytes)
+        self._bytes_sent += ring_bytes_sent(vector.nbytes + header.nbytes, self.world_size)
         return times
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
@@ -260,11 +260,13 @@ class C10dGroup:
         """See GroupWithLane."""
         store = dist.PrefixStore("lane", self._store)
         connections = self._wait_connected(store, timeout_s)
-        self._lane = GlooLane(connections, store, self.rank, self.world_size, timeout_s, self._notices, self._count)
+        self._lane = GlooLane(connections, store, self.rank, self.world_size, timeout_s, self._notices)
         return self._lane
 
-    def _count(self, n_bytes: int) -> None:
-        self.bytes_sent += ring_bytes_sent(n_bytes, self.world_size)
+    @property
+    def bytes_sent(self) -> int:
+        """See Group; the lane's included."""
+        return self._bytes_sent + (self._lane.bytes_sent if self._lane is not None else 0)
 
     def leave(self, reason: str | None = None) -> None:
         """See Group. A rank that hosts the store stays up to two seconds for the others' last questions.

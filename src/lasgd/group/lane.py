@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import PeerError
+from lasgd.group.cost import ring_bytes_sent
 from lasgd.group.gloo import GlooConnections, megabytes
 from lasgd.group.notices import Notices
 
@@ -38,11 +38,11 @@ class GlooLane:
         world_size: int,
         timeout_s: float,
         notices: Notices,
-        count: Callable[[int], None],
     ):
-        """`count` is told the bytes of each finished all-reduce, by the communicator."""
-        self._connections, self._notices, self._count = connections, notices, count
-        self._timeout_s = timeout_s
+        self.bytes_sent = 0
+        """As the group's, of what is payload. Written by the thread that waits."""
+        self._connections, self._notices = connections, notices
+        self._world_size, self._timeout_s = world_size, timeout_s
         self._where = f"rank {rank} of {world_size}"
         self.process_group = dist.ProcessGroup(store, rank, world_size)
         kind = dist.ProcessGroup.BackendType.GLOO
@@ -75,7 +75,7 @@ class GlooLane:
             what = f"all-reduce of {megabytes(started.tensor)} of gradients"
             raise self._connections.failure(error, what, after_s, started.timeout_s) from error
         if started.is_payload:
-            self._count(started.tensor.nbytes)
+            self.bytes_sent += ring_bytes_sent(started.tensor.nbytes, self._world_size)
 
     def wait_broadcast_rest(self, n_bytes: int) -> None:
         """See Lane. Nothing: the link is real."""

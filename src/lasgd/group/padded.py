@@ -102,7 +102,6 @@ class PaddedGroup:
         """
         self._group = group
         self._link = EmulatedLink(vector_bytes, round_s, bandwidth_bytes_per_s, latency_s, clock, sleep)
-        self._has_lane = False
 
     @property
     def rank(self) -> int:
@@ -152,14 +151,9 @@ class PaddedGroup:
         link.wait_paid(end_s, deadline_s, timeout_s, "broadcast", tensor.nbytes, self._group)
 
     def wait_lane(self, timeout_s: float) -> PaddedLane:
-        """The wrapped group's, on the same slow links.
-
-        From now on a header that travels alone is not padded: it is small, and on its way while the training thread
-        computes; a sleep for it would keep the communicator from seeing the lane's all-reduces end.
-        """
+        """The wrapped group's, on the same slow links."""
         if not isinstance(self._group, GroupWithLane):
             raise TypeError(f"{type(self._group).__name__} has no lane")
-        self._has_lane = True
         return PaddedLane(self._group.wait_lane(timeout_s), self._group, self._link)
 
     def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
@@ -171,8 +165,6 @@ class PaddedGroup:
         self._group.leave(reason)
 
     def _all_reduce_s(self, header: Tensor, vector: Tensor) -> float:
-        if self._has_lane and not vector.numel():
-            return 0.0
         return self._link.all_reduce_s(vector.nbytes, header.nbytes, len(self._group.members))
 
 

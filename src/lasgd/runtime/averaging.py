@@ -85,7 +85,7 @@ class Averaging:
         self._parallel: ParallelModel | None = None
         if lane is not None:
             self._parallel = ParallelModel(
-                model, lane, self._communicator, group.world_size, timeout_s, start_timeout_s
+                model, lane, self._communicator, self._record, group.world_size, timeout_s, start_timeout_s
             )
         self.model: nn.Module = self._parallel.module if self._parallel else model
         """What the loop calls: the model itself, or DistributedDataParallel around it where `ddp=True` asks for it."""
@@ -226,12 +226,15 @@ class Averaging:
         except StopIteration:
             request = None
             self._communicator.finish()
+            if self._parallel is not None:
+                self._parallel.finish()
         self._request = request
 
     def _wait_answer(self, request: AllReduceMean) -> Mean | Failure:
         begin_s = time.monotonic()
         if self._parallel is None or self._late is None:
             self._communicator.ask(request)
+        was_there = self._communicator.has_answer
         outcome = self._communicator.wait_answer()
         if self._parallel is not None:
             # The mean is there; only what the ranks say of themselves travels. It is said after the update, and heard
@@ -241,6 +244,8 @@ class Averaging:
         self._raise_failure()
         now_s = time.monotonic()
         self._averages_gradients = request.sent.is_gradient
+        if was_there:
+            return outcome
         if isinstance(self._request, Gradient):  # within a local step, whose first part ends here
             self._count_wait("update" if self._has_waited else "compute", begin_s, now_s)
             return outcome

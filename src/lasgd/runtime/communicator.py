@@ -1,7 +1,6 @@
 """The background thread: runs an algorithm's `communicate` over a group, or serves one that waits.
 
-It owns the group, the round's flat buffer and the agreement (`Pace`). Where gradients are averaged during the backward
-pass it also waits for their all-reduces (see parallel.py). What goes wrong here becomes a value,
+It owns the group, the round's flat buffer and the agreement (`Pace`). What goes wrong here becomes a value,
 `failure`, that the training thread meets at its next step boundary. It never dies quietly: `ended` is always set.
 """
 
@@ -11,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any, Protocol
 
 from lasgd.algorithms.requests import AllReduceMean, Answer, Failure, Mean, NextRound, Request, Stop
 from lasgd.errors import ConfigurationError, DivergenceError, LasgdError, PeerError, ProtocolError
@@ -23,17 +21,6 @@ from lasgd.runtime.phase import PhaseTable
 
 Record = Callable[[str, float, float], None]
 """(kind, begin_s, end_s), both of time.monotonic()."""
-
-
-class Reduction(Protocol):
-    """An all-reduce of gradients that the training thread has started, and waits for within its backward pass."""
-
-    started: Any  # what the lane waits for, or the PeerError for which it could not start
-    ready_s: float
-
-    def settle(self) -> None:
-        """Lets the backward pass go on."""
-        ...
 
 
 LOOK_S = 1.0
@@ -70,7 +57,8 @@ class Communicator(threading.Thread):
         self._has_begun = False
         self._is_awake = False
         self._lane = lane
-        self._asked: queue.SimpleQueue[AllReduceMean | Reduction | None] = queue.SimpleQueue()
+        self._failing = threading.Lock()
+        self._asked: queue.SimpleQueue[AllReduceMean | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._arrived_s: float | None = None
@@ -96,6 +84,11 @@ class Communicator(threading.Thread):
         """Training thread, of an algorithm that waits: has the request carried out here. One at a time."""
         self._asked.put(request)
 
+    @property
+    def has_answer(self) -> bool:
+        """`wait_answer` would not wait."""
+        return not self._answers.empty()
+
     def wait_answer(self) -> Mean | Failure:
         """Training thread: the answer to what it has asked for.
 
@@ -108,12 +101,6 @@ class Communicator(threading.Thread):
                 if self.ended.is_set() and self._answers.empty():
                     cause = self.failure or ProtocolError(f"{self.where()}: the communicator has ended")
                     return Failure(cause)
-
-    def hand_over(self, reduction: Reduction) -> None:
-        """Training thread, within the backward pass: has the all-reduce waited for, and settled in any case."""
-        self._asked.put(reduction)
-        if self.ended.is_set():  # else it is seen by `_serve`, or after `ended` by `run`
-            self._settle_rest()
 
     def finish(self) -> None:
         """Training thread, of an algorithm that waits: it has come to its end and asks for nothing more."""
@@ -131,26 +118,22 @@ class Communicator(threading.Thread):
                 self._raise_if_diverged()
                 self._phase.move("average", self._pace.round)
         except LasgdError as error:
-            self._fail(error)
+            self.fail(error)
         except BaseException as error:  # whatever it is, the training thread must hear of it
             wrapped = ProtocolError(f"{self.where()}: the communicator stopped: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
-            self._fail(wrapped)
+            self.fail(wrapped)
         finally:
             if self._algorithm is not None:
                 self._algorithm.close()
             self.ended.set()
-            self._settle_rest()
 
     def _serve(self) -> None:
         """For algorithms that wait: carries out what the training thread hands over, until it has nothing more."""
-        while (asked := self._wait_asked()) is not None:
-            if isinstance(asked, AllReduceMean):
-                self._answers.put(self._all_reduce_mean(asked))
-            else:
-                self._wait_reduced(asked)
+        while (request := self._wait_asked()) is not None:
+            self._answers.put(self._all_reduce_mean(request))
 
-    def _wait_asked(self) -> AllReduceMean | Reduction | None:
+    def _wait_asked(self) -> AllReduceMean | None:
         if self._lane is None:
             return self._asked.get()
         while True:
@@ -160,30 +143,6 @@ class Communicator(threading.Thread):
                 # The training thread may stand in a collective of DDP's own, which hears of neighbours only.
                 if self.failure is None:
                     self._lane.check_peers()
-
-    def _wait_reduced(self, reduction: Reduction) -> None:
-        begin_s = time.monotonic()
-        try:
-            if self.failure is None:
-                assert self._lane is not None
-                if isinstance(reduction.started, PeerError):
-                    raise reduction.started
-                self._lane.wait_all_reduce(reduction.started)
-        except PeerError as error:
-            self._fail(PeerError(f"{self.where()}: {error}"))
-        finally:
-            reduction.settle()
-        self._record("round", max(begin_s, reduction.ready_s), time.monotonic())
-
-    def _settle_rest(self) -> None:
-        """After the end: lets go whoever waits for what is still in the queue."""
-        while True:
-            try:
-                asked = self._asked.get_nowait()
-            except queue.Empty:
-                return
-            if asked is not None and not isinstance(asked, AllReduceMean):
-                asked.settle()
 
     def _drive(self, algorithm: Generator[Request, Answer, None]) -> None:
         answer: Answer = None
@@ -237,9 +196,10 @@ class Communicator(threading.Thread):
             timeout_s = self._start_timeout_s if is_first else self._timeout_s
             _, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
         except PeerError as error:
-            self._fail(PeerError(f"{self.where()}: {error}"))
+            self.fail(PeerError(f"{self.where()}: {error}"))
             return Failure(error)
-        self._record("round", begin_s, arrived_s)
+        if self._lane is None:  # else the rounds are the lane's
+            self._record("round", begin_s, arrived_s)
         self._arrived_s, self._round_s = arrived_s, arrived_s - begin_s
         self._round_parts = len(replica.fragments)
         weight = float(header.numpy()[:, Column.WEIGHT].sum())
@@ -274,12 +234,15 @@ class Communicator(threading.Thread):
                 "was cut before that"
             )
 
-    def _fail(self, error: LasgdError) -> None:
-        if self.failure is None:
+    def fail(self, error: LasgdError) -> None:
+        """Any thread: what the training thread is to meet at its next step boundary; the first failure counts."""
+        with self._failing:
+            if self.failure is not None:
+                return
             self.failure = error
             self._phase.move("fail", self._pace.round)
-            if self._lane is not None:
-                self._lane.leave()  # whoever waits for its collectives hears of it
+        if self._lane is not None:
+            self._lane.leave()  # whoever waits for its collectives hears of it
 
     def where(self) -> str:
         """Rank and round, for messages."""

@@ -4,19 +4,23 @@ DDP puts the gradients into buckets and hands each over as soon as it is full, w
 
     training thread   forward | backward ...  bucket 0 ....  bucket 1 |  waits  | gradients = mean | optimizer
                                               starts         starts             ^
-    communicator                                ~~~ all-reduce ~~~  ~~~~~~~~~~~~~ settles the last
+    reducer                                     ~~~ all-reduce ~~~  ~~~~~~~~~~~~~ settles the last
 
  1. The hook, on the thread of the backward pass, starts the bucket's all-reduce over the group's lane and returns a
     future. Hooks run in the order of the buckets, the same on all ranks.
- 2. The communicator waits for the all-reduces in that order, as it waits for everything, and settles the futures.
- 3. DDP ends the backward pass when all are settled, so what the communicator wrote before is there to be read.
- 4. What goes wrong is the communicator's failure. The futures are settled all the same: the backward pass ends, with
-    gradients that mean nothing, and the failure is raised at the step boundary's hook, before anybody uses them.
+ 2. The reducer, a thread, waits for the all-reduces in that order and settles the futures. It is not the communicator,
+    whose headers may take longer than a bucket where they queue behind one.
+ 3. DDP ends the backward pass when all are settled, so what the reducer wrote before is there to be read.
+ 4. What goes wrong is the communicator's failure, noted before the future is settled. It is settled all the same: the
+    backward pass ends, with gradients that mean nothing, and the failure is raised by the optimizer's hook, before
+    anybody uses them.
 """
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lasgd.algorithms.requests import Contribution, Failure, Mean
-from lasgd.errors import ConfigurationError, PeerError
+from lasgd.errors import ConfigurationError, PeerError, ProtocolError
 from lasgd.group.base import Lane
 from lasgd.layout import Section
 from lasgd.replica import Replica
-from lasgd.runtime.communicator import Communicator
+from lasgd.runtime.communicator import Communicator, Record
 
 
 class MeanGradients(Replica):
@@ -64,9 +68,65 @@ class Bucket:
     on_settled: Callable[[Bucket], None]
 
     def settle(self) -> None:
-        """Communicator: the backward pass may go on. Once only."""
+        """Reducer: the backward pass may go on. Once only."""
         self.on_settled(self)
         self.future.set_result(self.tensor)
+
+
+class Reducer(threading.Thread):
+    """Waits for the buckets' all-reduces, in their order. Begins with the first one."""
+
+    def __init__(self, lane: Lane, communicator: Communicator, record: Record):
+        super().__init__(name="lasgd-reducer", daemon=True)
+        self._lane, self._communicator, self._record = lane, communicator, record
+        self._handed: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+
+    def hand_over(self, bucket: Bucket) -> None:
+        """Training thread, within the backward pass: the bucket is settled in any case."""
+        self._handed.put(bucket)
+        if self.ident is None:
+            self.start()
+        if self._ended.is_set():  # either `run` has seen the bucket, or this does
+            self._settle_rest()
+
+    def finish(self) -> None:
+        """Training thread: nothing is averaged any more. May be called twice."""
+        self._handed.put(None)
+
+    def run(self) -> None:
+        """The thread's body."""
+        while (bucket := self._handed.get()) is not None:
+            begin_s = time.monotonic()
+            try:
+                if self._communicator.failure is None:
+                    self._wait_reduced(bucket)
+            finally:
+                bucket.settle()
+            self._record("round", max(begin_s, bucket.ready_s), time.monotonic())
+        self._ended.set()
+        self._settle_rest()
+
+    def _wait_reduced(self, bucket: Bucket) -> None:
+        try:
+            if isinstance(bucket.started, PeerError):
+                raise bucket.started
+            self._lane.wait_all_reduce(bucket.started)
+        except PeerError as error:
+            self._communicator.fail(PeerError(f"{self._communicator.where()}: {error}"))
+        except Exception as error:  # whatever it is, the training thread must hear of it
+            wrapped = ProtocolError(f"{self._communicator.where()}: the reducer: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self._communicator.fail(wrapped)
+
+    def _settle_rest(self) -> None:
+        while True:
+            try:
+                bucket = self._handed.get_nowait()
+            except queue.Empty:
+                return
+            if bucket is not None:
+                bucket.settle()
 
 
 class ParallelModel:
@@ -80,6 +140,7 @@ class ParallelModel:
         model: nn.Module,
         lane: Lane,
         communicator: Communicator,
+        record: Record,
         world_size: int,
         timeout_s: float,
         start_timeout_s: float,
@@ -90,6 +151,7 @@ class ParallelModel:
         self.waited_s = 0.0
         """Seconds in which the training thread has stood still for the network, within forward and backward passes."""
         self._model, self._lane, self._communicator = model, lane, communicator
+        self._reducer = Reducer(lane, communicator, record)
         self._world_size, self._timeout_s, self._present_timeout_s = world_size, timeout_s, start_timeout_s
         self._waits: list[tuple[float, float]] = []  # since the latest local step
         self._is_reduced = False
@@ -117,8 +179,13 @@ class ParallelModel:
         waits, self._waits, self._is_reduced = self._waits, [], False
         return waits
 
+    def finish(self) -> None:
+        """From now on gradients are this rank's own: there is no local step left to take. May be called twice."""
+        self._reducer.finish()
+
     def close(self) -> None:
         """From now on the module is the model alone. May be called twice."""
+        self.finish()
         self._is_closed = True
         self._handle.remove()
 
@@ -155,7 +222,7 @@ class ParallelModel:
         is_last = bucket.is_last()
         self._is_reduced |= is_last
         on_settled = self._note_settled if is_last else lambda bucket: None
-        self._communicator.hand_over(Bucket(tensor, future, started, ready_s, on_settled))
+        self._reducer.hand_over(Bucket(tensor, future, started, ready_s, on_settled))
         return future
 
     def _note_settled(self, last: Bucket) -> None:
