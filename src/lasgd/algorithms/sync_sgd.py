@@ -7,9 +7,12 @@ Source: J. Chen, X. Pan, R. Monga, S. Bengio, R. Jozefowicz, "Revisiting Distrib
     average      g   = (1/n) sum_j g_j            all-reduce; nobody goes on before it is there
     update       x_i <- optimizer(x_i, g)         the same on every rank, so the replicas never differ
 
-n is `world_size`. Difference with the sources: buffers (BatchNorm's statistics) take the mean with the gradients. This
-text does not overlap the all-reduce with the backward pass, as torch's DistributedDataParallel does; the replicas are
-the same.
+n is `world_size`. Difference with the sources: buffers (BatchNorm's statistics) take the mean with the gradients.
+
+Real runs may form the mean during the backward pass, by torch's DistributedDataParallel (runtime/parallel.py, and what
+`lasgd train` does): when Gradient is answered the gradients already are the mean, `replica.gradient()` brings nothing
+but its weight into the average, and `set_gradient` has nothing to do. The replicas are the same; buffers are then rank
+0's, and NaN on one rank spreads to all.
 """
 
 from __future__ import annotations
