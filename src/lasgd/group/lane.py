@@ -44,11 +44,18 @@ class GlooLane:
         self._connections, self._notices = connections, notices
         self._world_size, self._timeout_s = world_size, timeout_s
         self._where = f"rank {rank} of {world_size}"
-        self.process_group = dist.ProcessGroup(store, rank, world_size)
+        self._group: dist.ProcessGroup | None = dist.ProcessGroup(store, rank, world_size)
         kind = dist.ProcessGroup.BackendType.GLOO
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            self.process_group._register_backend(torch.device(device), kind, connections.gloo)
-        self.process_group._set_default_backend(kind)
+            self._group._register_backend(torch.device(device), kind, connections.gloo)
+        self._group._set_default_backend(kind)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """See Lane."""
+        if self._group is None:
+            raise PeerError(f"{self._where}: this rank has left the group")
+        return self._group
 
     def set_timeout(self, timeout_s: float) -> None:
         """See Lane."""
@@ -87,9 +94,10 @@ class GlooLane:
     def check_peers(self) -> None:
         """See Lane."""
         if self._notices.is_there_trouble():
-            self._connections.leave()
+            self.leave()
             raise PeerError(f"another rank is in trouble. {self._notices.account()}")
 
     def leave(self) -> None:
-        """See Lane."""
+        """See Lane. DDP has a reference too, and the connections close with the last."""
+        self._group = None
         self._connections.leave()

@@ -142,7 +142,13 @@ class Communicator(threading.Thread):
             except queue.Empty:
                 # The training thread may stand in a collective of DDP's own, which hears of neighbours only.
                 if self.failure is None:
-                    self._lane.check_peers()
+                    self._check_peers(self._lane)
+
+    def _check_peers(self, lane: Lane) -> None:
+        try:
+            lane.check_peers()
+        except PeerError as error:
+            self.fail(PeerError(f"{self.where()}: {error}"))
 
     def _drive(self, algorithm: Generator[Request, Answer, None]) -> None:
         answer: Answer = None

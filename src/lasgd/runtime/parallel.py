@@ -37,6 +37,9 @@ from lasgd.layout import Section
 from lasgd.replica import Replica
 from lasgd.runtime.communicator import Communicator, Record
 
+GIVE_UP_S = 1.0
+"""Longest wait for DDP to let its process group go."""
+
 
 class MeanGradients(Replica):
     """A replica whose gradients already are the mean of all ranks' when its backward pass has ended."""
@@ -185,9 +188,18 @@ class ParallelModel:
 
     def close(self) -> None:
         """From now on the module is the model alone. May be called twice."""
-        self.finish()
+        if self._is_closed:
+            return
         self._is_closed = True
+        self.finish()
         self._handle.remove()
+        # Gloo's connections close, and the other ranks hear of it, with the last reference to the process group. To
+        # give it up may take until a collective has ended that is on its way; so a thread does.
+        held = self.module.given_up()
+        thread = threading.Thread(target=held.clear, name="lasgd-give-up", daemon=True)
+        thread.start()
+        del held
+        thread.join(GIVE_UP_S)
 
     def _forward(self, ddp_forward: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
         if self._is_closed:
@@ -238,7 +250,11 @@ class _Ddp(DistributedDataParallel):
 
     def __init__(self, model: nn.Module, lane: Lane, forward: Callable[..., Any]):
         super().__init__(model, process_group=lane.process_group, init_sync=False)  # attach has broadcast the model
-        self._lane, self._look_after = lane, forward
+        self._look_after = forward
+
+    def given_up(self) -> list[Any]:
+        """All that refers to the process group; what is left is a wrapper that never calls DDP again."""
+        return [vars(self).pop(name, None) for name in ("reducer", "logger", "process_group")]
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         return self._look_after(super().forward, *inputs, **kwargs)
