@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +18,9 @@ from lasgd.group.notices import ANSWER_S, Notices, wait_answer
 
 ABORT_S = 1.0
 """Longest wait for connections to close."""
+
+EXIT_S = 10.0
+"""Longest wait at exit for a collective that is on its way to end, in a group that has been given up."""
 
 LOOK_S = 0.5
 """While something takes long, how often to look whether another rank has noticed trouble."""
@@ -84,14 +89,30 @@ class GlooConnections:
         # Closes the connections, so that whoever waits for this rank hears of it. Where the training thread leaves in
         # the middle of the communicator's collective, torch waits for that to end, in abort or in the destructor; so
         # the thread takes over the last reference.
-        thread = threading.Thread(target=_close, args=(gloo,), name="lasgd-abort", daemon=True)
+        held = [gloo]
         del gloo
-        thread.start()
-        thread.join(ABORT_S)
+        give_up(held, abort=True)
 
 
-def _close(gloo: dist.ProcessGroupGloo) -> None:
-    gloo.abort()
+def give_up(held: list[Any], abort: bool = False) -> None:
+    """Clears a list of references to process groups on a thread of its own, which is waited for a little.
+
+    And a little more at exit: a thread that comes back from native code into an interpreter that is torn down may end
+    the process by SIGABRT.
+    """
+    thread = threading.Thread(target=_give_up, args=(held, abort), name="lasgd-give-up", daemon=True)
+    del held
+    thread.start()
+    thread.join(ABORT_S)
+    if thread.is_alive():
+        atexit.register(thread.join, EXIT_S)
+
+
+def _give_up(held: list[Any], abort: bool) -> None:
+    for group in held if abort else ():
+        group.abort()
+        del group
+    held.clear()
 
 
 def megabytes(tensor: Tensor) -> str:

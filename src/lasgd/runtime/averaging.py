@@ -347,6 +347,8 @@ class Averaging:
         self.group.leave(reason)  # a collective on its way fails by it, so that the communicator ends soon
         if was_started:
             self._communicator.join(CLOSE_S)
+        if self._parallel is not None:
+            self._parallel.wait_ended(CLOSE_S)
 
     @property
     def end_agreed_s(self) -> float | None:

@@ -33,12 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lasgd.algorithms.requests import Contribution, Failure, Mean
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
 from lasgd.group.base import Lane
+from lasgd.group.gloo import give_up
 from lasgd.layout import Section
 from lasgd.replica import Replica
 from lasgd.runtime.communicator import Communicator, Record
-
-GIVE_UP_S = 1.0
-"""Longest wait for DDP to let its process group go."""
 
 
 class MeanGradients(Replica):
@@ -195,11 +193,12 @@ class ParallelModel:
         self._handle.remove()
         # Gloo's connections close, and the other ranks hear of it, with the last reference to the process group. To
         # give it up may take until a collective has ended that is on its way; so a thread does.
-        held = self.module.given_up()
-        thread = threading.Thread(target=held.clear, name="lasgd-give-up", daemon=True)
-        thread.start()
-        del held
-        thread.join(GIVE_UP_S)
+        give_up(self.module.given_up())
+
+    def wait_ended(self, timeout_s: float) -> None:
+        """After `close`, and after the group has been left: until no bucket is waited for any more."""
+        if self._reducer.ident is not None:
+            self._reducer.join(timeout_s)
 
     def _forward(self, ddp_forward: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
         if self._is_closed:
