@@ -33,12 +33,15 @@ class Clock:
     def at(self, time_s: float, actor: Actor) -> None:
         """Lets `actor` act at `time_s`, after all that is to happen then already.
 
-        Raises ConfigurationError for a moment that never comes.
+        Raises ConfigurationError for a moment that never comes, or is past.
         """
         there = self._at.setdefault(time_s, actor)
         if there is actor:
-            if not time_s < math.inf:
-                raise ConfigurationError(f"virtual time {self.now_s:g} s: something would take {time_s:g} s")
+            if not self.now_s <= time_s < math.inf:
+                raise ConfigurationError(
+                    f"virtual time {self.now_s:g} s: something would happen at {time_s:g} s. Expected step times from "
+                    "0 s on, and rounds that end."
+                )
             heappush(self._moments, time_s)
         elif type(there) is list:
             there.append(actor)
