@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise, repeat
 
 import pytest
@@ -169,6 +171,23 @@ def test_ranks_that_wait_for_each_other_for_ever_are_reported_not_waited_for():
     cluster = Cluster(_five_steps, quits, ranks, [pace], lambda n_bytes, share: 1.0, 40)
     with pytest.raises(ProtocolError, match=r"ranks 0, 2 in round 1 wait for rank 1\."):
         cluster.run()
+
+
+@pytest.mark.parametrize("algorithm", ["lasgd", "local_sgd", "sync_sgd", "independent"])
+def test_a_cluster_that_has_run_is_gone_when_nobody_needs_it_any_more(algorithm):
+    text, ranks = registry.find(algorithm), [Rank(replica, repeat(1.0)) for replica in timed(3)]
+    paces = [Pace(3, 30) for _ in range(1 if text.agrees else 3)]
+    cluster = Cluster(text.compute, text.communicate, ranks, paces, lambda n_bytes, share: 0.5, 40)
+    cluster.run()
+    still_there = weakref.ref(cluster)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del cluster
+        assert still_there() is None, "a sweep over many clusters would keep them all"
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _five_steps(replica, pace):

@@ -210,6 +210,7 @@ class Cluster:
         waiting = [process.index for process in self._processes if process.first_gradient is not None]
         if self._n_joined or waiting:
             raise ProtocolError(self._deadlock(waiting))
+        self._processes.clear()  # they know this cluster, and a cycle would keep all ranks until somebody looks for it
         for rank in self.ranks:
             rank.replica.show_average()  # where the text has left one to be shown
             rank.bytes_sent += self._bytes_sent
