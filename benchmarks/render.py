@@ -1,7 +1,7 @@
-"""Writes the tables of docs/results.md, between their markers, from the stored JSON of the benchmarks.
+"""Writes the tables of the documents, between their markers, from the stored JSON of the benchmarks.
 
 python benchmarks/render.py            writes them
-python benchmarks/render.py --check    exit code 1 if the page is not what it would write
+python benchmarks/render.py --check    exit code 1 if a page is not what it would write
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from common import FOLDER, RESULTS, format_value
 
-PAGE = FOLDER.parent / "docs" / "results.md"
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 Result = Mapping[str, Any]
@@ -29,10 +29,13 @@ def read_results(folder: Path = RESULTS) -> dict[str, Result]:
 
 def render(page: str, results: Mapping[str, Result]) -> str:
     """The page with every marked block written anew; what is outside of the markers stays."""
-    return _BLOCK.sub(lambda block: block[1] + _block(block[2], results.get(block[2])) + block[3], page)
+    return _BLOCK.sub(lambda block: block[1] + _block(block[2], results) + block[3], page)
 
 
-def _block(name: str, result: Result | None) -> str:
+def _block(name: str, results: Mapping[str, Result]) -> str:
+    if name == "crossover":
+        return _crossover(results["clusters"]["figures"]["crossover"])
+    result = results.get(name)
     if name == "gpu_check" and (result is None or result["card"]["settings"].get("device") != "cuda"):
         return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
     if result is None:
@@ -59,6 +62,17 @@ def _table(bars: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _crossover(found: Sequence[Mapping[str, Any]]) -> str:
+    """Ranks across, spreads of the step times down."""
+    ranks = list(dict.fromkeys(point["ranks"] for point in found))
+    lines = ["| sigma | " + " | ".join(f"{n:,} ranks" for n in ranks) + " |", "|---" * (len(ranks) + 1) + "|"]
+    for sigma in dict.fromkeys(point["sigma"] for point in found):
+        longest = {point["ranks"]: point["round_steps"] for point in found if point["sigma"] == sigma}
+        cells = ["never" if longest[n] is None else f"{longest[n]:.2f}" for n in ranks]
+        lines.append(f"| {sigma:g} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def _notes(result: Result) -> list[str]:
     return [line for note in result["notes"] for line in (note, "")]
 
@@ -79,20 +93,22 @@ def _plain(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes or checks the page; returns the exit code."""
+    """Writes or checks the pages; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     arguments = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = render(before, read_results())
-    if arguments.check:
-        if before != after:
-            print("docs/results.md is not what benchmarks/results/*.json say; run python benchmarks/render.py")
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    results, code = read_results(), 0
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = render(before, results)
+        if arguments.check and before != after:
+            print(f"docs/{path.name} is not what benchmarks/results/*.json say; run python benchmarks/render.py")
+            code = 1
+        elif not arguments.check:
+            path.write_text(after, encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/results.md says what the stored results say, and the figures in them mean what they claim."""
+"""Documents show what the stored results say, and the figures in them mean what they claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("common", "render", "retention"):
+    for name in ("clusters", "common", "drawing", "render", "retention", "scale"):
         sys.modules.pop(name, None)
 
 
@@ -69,11 +69,12 @@ def run_record(algorithm, ranks, wall_s=10.0, **changes):
     return RunRecord.model_validate(fields | changes)
 
 
-def test_the_page_is_what_render_makes_of_the_stored_results():
+def test_the_pages_are_what_render_makes_of_the_stored_results():
     import render
 
-    page = render.PAGE.read_text(encoding="utf-8")
-    assert render.render(page, render.read_results()) == page, "run python benchmarks/render.py"
+    for path in render.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert render.render(page, render.read_results()) == page, "run python benchmarks/render.py"
 
 
 def test_a_page_is_rendered_between_its_markers_only():
