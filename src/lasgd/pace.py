@@ -114,10 +114,7 @@ class Pace:
         self._checkpoints, self._evaluations = checkpoints, evaluations
         self._passed_checkpoints = 0
         self._delay = Delay() if fragments == "auto" else None
-        self._header = torch.zeros(world_size, len(Column), dtype=torch.float64)
-        # Written through NumPy, which keeps the interpreter lock: torch gives it away at every operation, and a
-        # communicator on a machine with more busy threads than cores waits milliseconds to have it back.
-        self._table = self._header.numpy()
+        self._header: Tensor | None = None  # made when it is asked for: ranks that agree on nothing never do
         self._was_sick: frozenset[int] = frozenset()
         self._agreed_on: Mean | None = None
 
@@ -136,8 +133,13 @@ class Pace:
 
         round_s, parts: how long the latest round's vector took, and how many fragments there were then.
         """
-        self._table.fill(0.0)
-        self._table[rank] = header_row(tally, weight, is_sick, round_s, parts)
+        if self._header is None:
+            self._header = torch.zeros(self.world_size, len(Column), dtype=torch.float64)
+        # Written through NumPy, which keeps the interpreter lock: torch gives it away at every operation, and a
+        # communicator on a machine with more busy threads than cores waits milliseconds to have it back.
+        table = self._header.numpy()
+        table.fill(0.0)
+        table[rank] = header_row(tally, weight, is_sick, round_s, parts)
         return self._header
 
     def agree(self, outcome: Mean | Failure) -> None:

@@ -323,3 +323,7 @@ def test_whatever_is_measured_the_number_stays_within_its_bounds(samples):
     for parts, steps in samples:
         asked = delay.fragments(asked, parts, steps)
         assert 1 <= asked <= MAX_FRAGMENTS
+
+
+def test_ranks_that_ask_for_no_header_hold_no_table_of_all_ranks():
+    Pace(10**13, 1)  # the table would be larger than any memory
