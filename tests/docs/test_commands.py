@@ -12,6 +12,7 @@ import pytest
 from documents import DOCUMENTS, ROOT, blocks, text_of
 
 from lasgd.cli.app import app
+from lasgd.cli.simulate import check_simulation
 from lasgd.cli.train import check
 from lasgd.errors import LasgdError
 from lasgd.training.settings import Settings, SimulationSettings
@@ -32,6 +33,10 @@ def check_lasgd(arguments: list[str]) -> None:
         app.parse_args([*arguments[:-1]], exit_on_error=False, print_error=False)
         return
     _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    if arguments[0] == "simulate" and "--advise" not in arguments:
+        simulated = bound.kwargs["settings"]
+        check_simulation(simulated, simulated.ranks or 4)
+        return
     settings = bound.kwargs.get("settings") or Settings()
     check(settings, settings.ranks or 4)
     if isinstance(settings, SimulationSettings):
