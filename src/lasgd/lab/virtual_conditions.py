@@ -10,6 +10,10 @@ from lasgd.lab.conditions import Condition
 from lasgd.virtual.compute_models import ComputeModel, Constant, Stalls, Stragglers
 from lasgd.virtual.network_models import Network
 
+PAYLOAD_SHARE = 1448 / 1514
+"""Of what a condition's link carries. The emulated one counts whole Ethernet frames, as the kernel's filter does: of
+1514 bytes 14 are Ethernet's, 20 IP's, 32 TCP's with its time stamps, and the rest is the ranks'."""
+
 
 def from_condition(
     condition: Condition,
@@ -20,6 +24,7 @@ def from_condition(
 ) -> tuple[ComputeModel, Network]:
     """The compute model and the network of `world_size` ranks under `condition`; stalls are those of `seed`.
 
+    `link=` is the speed of the wire, of which the ranks have PAYLOAD_SHARE for what they send.
     `own_step_s` is what a step takes where the condition says no `step=`, and `own_network` the network where it says
     no `link=` (None: one that costs nothing). A `step=` shorter than what a machine can do is taken at its word.
 
@@ -33,7 +38,8 @@ def from_condition(
             "a measured step time."
         )
     if condition.bandwidth_bytes_per_s is not None:
-        network = Network(world_size, condition.bandwidth_bytes_per_s, latency_s=condition.latency_s)
+        payload_bytes_per_s = condition.bandwidth_bytes_per_s * PAYLOAD_SHARE
+        network = Network(world_size, payload_bytes_per_s, latency_s=condition.latency_s)
     else:
         network = own_network or Network(world_size, math.inf)
     if condition.round_s is not None:
