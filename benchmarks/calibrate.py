@@ -75,7 +75,8 @@ class Seen:
     """Of all ranks together: the samples that they had agreed on at the end, over the time until then."""
     steps_per_s_of_rank: list[float]
     s_per_round: float
-    """From one round's end to the next one's, mean over the second half of the run, when the pace has settled."""
+    """From one round's end to the next one's, mean over the second half of the run, when the pace has settled; of
+    `sync_sgd`, all of whose steps are alike and each of whose buckets is a round in the timeline, over all of it."""
     all_reduce_s: float | None
     """From when the last rank joined a round to its end, mean over the same; None where rounds carry no vector."""
     fragments: int | None
@@ -94,6 +95,7 @@ def seen(
     *,
     wall_s: float,
     samples: int,
+    rounds: int,
     local_steps: Sequence[int],
     waited_s: Sequence[float],
     staleness_steps: Sequence[tuple[float, float]],
@@ -103,13 +105,13 @@ def seen(
     found = registry.find(algorithm)
     settled = rounds_within(intervals, wall_s / 2, wall_s)
     gaps = [later - earlier for (earlier, _), (later, _) in pairwise(settled)]
+    in_buckets = algorithm == "sync_sgd"
     means, most = zip(*staleness_steps, strict=True)
     return Seen(
         steps_per_s=samples / BATCH_SIZE / wall_s,
         steps_per_s_of_rank=[steps / wall_s for steps in local_steps],
-        s_per_round=statistics.fmean(gaps) if gaps else math.nan,
-        # Synchronous SGD's gradients travel during the backward pass, in buckets that are no rounds.
-        all_reduce_s=None if algorithm == "sync_sgd" else _mean([seconds for _, seconds in settled]),
+        s_per_round=wall_s / rounds if in_buckets else _mean(gaps),
+        all_reduce_s=None if in_buckets else _mean([seconds for _, seconds in settled]),
         fragments=fragments,
         waited_share=statistics.fmean(min(seconds / wall_s, 1.0) for seconds in waited_s),
         staleness_mean=statistics.fmean(means),
@@ -119,14 +121,17 @@ def seen(
 
 
 def rounds_within(intervals: Intervals, begin_s: float, end_s: float) -> list[tuple[float, float]]:
-    """(when it ended, how long it took from when the last rank joined) of the rounds that ended in this time.
+    """(when it ended, how long from when the last rank joined) of rounds that end after begin_s and begin before end_s.
 
     Each rank's interval begins when that rank joins, so the shortest is that of the last one, who waited for nobody.
     Nothing is compared between the clocks of two ranks, which agree on the start to some 0.1 s only.
     """
     of_ranks = [[(b, e) for kind, b, e in of_rank if kind == "round"] for of_rank in intervals.values()]
-    rounds = [(same[0][1], min(e - b for b, e in same)) for same in zip(*of_ranks, strict=False)]
-    return [(ended_s, seconds) for ended_s, seconds in rounds if begin_s <= ended_s <= end_s]
+    return [
+        (same[0][1], min(e - b for b, e in same))
+        for same in zip(*of_ranks, strict=False)
+        if begin_s <= same[0][1] and same[0][0] < end_s  # the last exact average begins at the agreed end
+    ]
 
 
 def staleness(intervals: Intervals, wall_s: float) -> dict[int, int]:
@@ -201,6 +206,7 @@ def predicted(algorithm: str, condition: str, samples: int, seed: int, elements:
         intervals,
         wall_s=run.virtual_s,
         samples=run.samples,
+        rounds=run.rounds,
         local_steps=[tally.local_steps for tally in tallies],
         waited_s=[tally.waited_s for tally in tallies],
         staleness_steps=[(tally.staleness.mean_steps, tally.staleness.max_steps) for tally in tallies],
@@ -220,6 +226,7 @@ def measured(run: RunRecord, timeline: bytes) -> Seen:
         intervals,
         wall_s=run.wall_s,
         samples=run.samples,
+        rounds=run.ranks[0].rounds,
         local_steps=[rank.local_steps for rank in run.ranks],
         waited_s=[rank.waited_s for rank in run.ranks],
         staleness_steps=[(rank.staleness_steps.mean or 0.0, rank.staleness_steps.max or 0.0) for rank in run.ranks],
@@ -468,9 +475,7 @@ class _Table:
             off = f"{100 * deviation(predicted, measured):+.1f} %" if measured else "-"
             values = [f"{predicted:.4g}", f"{measured:.4g}", off]
         self._rows.append(f"| {' | '.join([*names, *values])} |")
-        print(
-            f"    {', '.join(names)}: {values[0]}{self._unit} predicted, {values[1]} measured, {values[2]}", flush=True
-        )
+        print(f"    {', '.join(names)}: {values[0]} predicted, {values[1]} measured, {values[2]}", flush=True)
 
     @property
     def lines(self) -> list[str]:
