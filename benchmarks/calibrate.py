@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import importlib.util
 import json
 import math
 import shutil
@@ -579,7 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_whole = set(arguments.part) == set(PARTS) and {*arguments.algorithms} == {*ALGORITHMS}
     is_record = is_whole and tuple(arguments.conditions) == CONDITIONS
     store = where_to_store("calibrate", arguments, is_record)
-    is_on_the_page = store == RESULTS / "calibrate.json"
+    is_on_the_page = store == RESULTS / "calibrate.json" and importlib.util.find_spec("matplotlib") is not None
     if is_on_the_page:
         report.notes.insert(0, f"![{FIGURE_SAYS}](images/{FIGURE.name})")
     code = report.finish(store)

@@ -162,3 +162,39 @@ def test_all_reduces_are_timed_from_the_last_joining():
     from all_reduces import from_last_joining_s
 
     assert from_last_joining_s([[(0.0, 3.0), (4.0, 5.0)], [(2.5, 3.5), (3.0, 5.0)]]) == [1.0, 1.0]
+
+
+def test_learning_compares_the_same_options_of_both_commands(tmp_path, monkeypatch, capsys):
+    import calibrate
+    from common import Report
+
+    asked = {}
+
+    def ran(command, out, options, commit):
+        asked[command, options["seed"]] = options
+        out.mkdir()
+        top1 = {"simulate": 0.44, "train": 0.45}[command] + 0.01 * options["seed"]
+        lines = [{"wall_s": 1.0, "samples": 100 * k, "top1": top1 * k / 2, "loss": 1.0} for k in (1, 2)]
+        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    monkeypatch.setattr(calibrate, "ran", ran)
+    report = Report("calibrate", {"commit": None})
+    calibrate.learning_part(report, ["lasgd"], [0, 1], tmp_path / "data", 200, {"lr": 0.05}, tmp_path)
+    [bar] = report.bars
+    assert bar.value == pytest.approx(1.0) and bar.holds
+    assert asked["simulate", 1] == asked["train", 1] and asked["train", 1]["lr"] == 0.05
+    assert "| lasgd | top-1, mean of the seeds | 0.445 | 0.455 | -2.2 % |" in report.notes[-1]
+    without = Report("calibrate", {"commit": None})
+    calibrate.learning_part(without, ["lasgd"], [0], None, 200, {}, tmp_path)
+    assert without.holds is None and "no `--data` was given" in without.notes[0]
+
+
+def test_the_figure_is_drawn_from_what_is_stored(tmp_path, monkeypatch):
+    import calibrate
+
+    pytest.importorskip("matplotlib")
+    foretold = calibrate.predicted("lasgd", LINK, 3200, 0, 391_466)
+    figures = {"lasgd, x": {"predicted": [vars(foretold)], "measured": [vars(foretold)]}, "network": {}}
+    result = json.loads(json.dumps({"figures": figures}))
+    calibrate.draw(result, tmp_path / "figure.svg")
+    assert "lasgd, x: local steps/s, all ranks" in (tmp_path / "figure.svg").read_text()
