@@ -79,7 +79,8 @@ class Seen:
     """From one round's end to the next one's, mean over the second half of the run, when the pace has settled; of
     `sync_sgd`, all of whose steps are alike and each of whose buckets is a round in the timeline, over all of it."""
     all_reduce_s: float | None
-    """From when the last rank joined a round to its end, mean over the same; None where rounds carry no vector."""
+    """From when the last rank joined a round to its end, mean over the same, for all fragments of the vector: how many
+    there are is a choice between neighbours. None where rounds carry no vector."""
     fragments: int | None
     waited_share: float
     """Mean over the ranks of the time that they stood still."""
@@ -112,7 +113,7 @@ def seen(
         steps_per_s=samples / BATCH_SIZE / wall_s,
         steps_per_s_of_rank=[steps / wall_s for steps in local_steps],
         s_per_round=wall_s / rounds if in_buckets else _mean(gaps),
-        all_reduce_s=None if in_buckets else _mean([seconds for _, seconds in settled]),
+        all_reduce_s=None if in_buckets else _mean([seconds for _, seconds in settled]) * (fragments or 1),
         fragments=fragments,
         waited_share=statistics.fmean(min(seconds / wall_s, 1.0) for seconds in waited_s),
         staleness_mean=statistics.fmean(means),
@@ -374,7 +375,9 @@ def quantities(pairs: Pairs) -> dict[str, list[tuple[float, float]]]:
         ]
     values["time per round, s"] = [(one.s_per_round, other.s_per_round) for one, other in pairs]
     if first.all_reduce_s:
-        values["all-reduce, s"] = [(one.all_reduce_s or 0.0, other.all_reduce_s or 0.0) for one, other in pairs]
+        values["all-reduces of the vector, s"] = [
+            (one.all_reduce_s or 0.0, other.all_reduce_s or 0.0) for one, other in pairs
+        ]
     if first.staleness:
         values["staleness, mean steps"] = [(one.staleness_mean, other.staleness_mean) for one, other in pairs]
         values["staleness, most steps"] = [(one.staleness_max, other.staleness_max) for one, other in pairs]
@@ -383,7 +386,7 @@ def quantities(pairs: Pairs) -> dict[str, list[tuple[float, float]]]:
     return values
 
 
-HELD = ("local steps/s, all ranks", "time per round, s", "all-reduce, s")
+HELD = ("local steps/s, all ranks", "time per round, s", "all-reduces of the vector, s")
 
 
 def time_bars(name: str, pairs: Pairs) -> list[Bar]:
