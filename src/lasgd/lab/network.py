@@ -333,14 +333,15 @@ def _shape(namespace: str, device: str, bandwidth_bytes_per_s: float, latency_s:
 
 
 def _bucket_bytes(bandwidth_bytes_per_s: float) -> tuple[int, int]:
-    """Burst and queue limit of the token bucket: 128 KiB and 200 ms of waiting at 20 mbit/s.
+    """Burst and queue limit of the token bucket: 25 kB and 200 ms of waiting at 20 mbit/s.
 
-    The burst passes at once after a pause, so it is to be small beside what is sent: at most 128 KiB and 52 ms. But it
+    The burst passes at once after a pause, so it is to be small beside what is sent, also beside a fragment of 150 kB,
+    and beside the pauses between rounds, in which it fills again: at most 128 KiB and 10 ms. But it
     must hold two full frames, or nothing passes, and 1 ms, or the kernel wakes up too rarely to reach the rate.
     The queue takes 200 ms, and 64 KiB at least, for TCP sends that much at once.
     """
-    frames, fifty_two_ms, one_ms = 2 * 1514, 0.0524288 * bandwidth_bytes_per_s, 1e-3 * bandwidth_bytes_per_s
-    burst = round(max(frames, min(128 * 1024, fifty_two_ms), one_ms))
+    frames, ten_ms, one_ms = 2 * 1514, 1e-2 * bandwidth_bytes_per_s, 1e-3 * bandwidth_bytes_per_s
+    burst = round(max(frames, min(128 * 1024, ten_ms), one_ms))
     return burst, burst + round(max(64 * 1024, 0.2 * bandwidth_bytes_per_s))
 
 
