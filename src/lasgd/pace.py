@@ -29,7 +29,7 @@ class Column(IntEnum):
     SAMPLES = 0  # processed since the start of the run
     LOCAL_STEPS = 1  # likewise
     STEP_S = 2  # seconds per local step; 0: not known yet
-    ROUND_S = 3  # seconds of the latest round, from this rank's joining to its end; 0: not known yet
+    ROUND_S = 3  # seconds of the latest round, from when it was due (else from joining) to its end; 0: not known yet
     PARTS = 4  # fragments that the vector was cut into in that latest round
     WEIGHT = 5  # of this rank's contribution to this round
     SICK = 6  # 1: this rank holds NaN or Inf and sits out a cycle of fragments

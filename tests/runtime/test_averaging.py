@@ -13,7 +13,7 @@ import lasgd
 from helpers import LIMIT_S, alone, raise_any, small_model, train_step, wait_all
 from lasgd.errors import ConfigurationError, DivergenceError, PeerError, ProtocolError
 from lasgd.group.scripted import Network
-from lasgd.pace import End
+from lasgd.pace import Column, End
 from lasgd.runtime.phase import Phase
 from scripted_driver import Point, vector
 
@@ -585,3 +585,26 @@ def test_independent_ranks_never_exchange_a_vector():
     assert [m.x.item() for m in models] == [0.0, 4.0]
     assert [a.tally.local_steps for a in ended] == [5, 5]
     assert vector(models[0]).item() == 0.0
+
+
+def test_waking_up_and_making_the_snapshot_are_part_of_a_round_so_that_rounds_keep_the_agreed_pace():
+    network = Network(1, deliver_at_once=True)
+    model = Point([0.0])
+    averaging, optimizer = attach(model, network.group(0))
+    snapshot = averaging.replica.snapshot
+
+    def slow_snapshot(fragment):
+        time.sleep(0.02)
+        return snapshot(fragment)
+
+    averaging.replica.snapshot = slow_snapshot
+    headers = []
+    agree = averaging.pace.agree
+    averaging.pace.agree = lambda outcome: (headers.append(outcome.header.clone()), agree(outcome))
+    averaging.start()
+    for _ in range(3):
+        step(model, optimizer)
+    wait_until(lambda: len(headers) >= 3)
+    averaging.close("test over")
+    assert headers[1][0, Column.ROUND_S] >= 0.02
+    assert headers[2][0, Column.ROUND_S] >= 0.02

@@ -62,6 +62,7 @@ class Communicator(threading.Thread):
         self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._arrived_s: float | None = None
+        self._due_s: float | None = None
         self._round_s, self._round_parts = 0.0, 0
         self._buffer = replica.fences.host_buffer(0, replica.layout.dtype)
 
@@ -172,8 +173,8 @@ class Communicator(threading.Thread):
             self._wake.get()  # ended by begin() or close(), which leaving the `with` block calls
             self._is_awake = True
         if self.failure is None:
-            since_s = time.monotonic() - self._arrived_s if self._arrived_s is not None else 0.0
-            self._closing.wait(max(0.0, not_before_s - since_s))
+            self._due_s = (self._arrived_s or time.monotonic()) + not_before_s
+            self._closing.wait(max(0.0, self._due_s - time.monotonic()))
         return Stop() if self._closing.is_set() or self.failure is not None else None
 
     def _all_reduce_mean(self, request: AllReduceMean) -> Mean | Failure:
@@ -206,7 +207,10 @@ class Communicator(threading.Thread):
             return Failure(error)
         if self._lane is None:  # else the rounds are the lane's
             self._record("round", begin_s, arrived_s)
-        self._arrived_s, self._round_s = arrived_s, arrived_s - begin_s
+        # From when it was due, where a pace was kept: what it takes to wake up and to make the snapshot is part of a
+        # round, or rounds would come later than agreed by just that.
+        self._arrived_s, self._round_s = arrived_s, arrived_s - (self._due_s or begin_s)
+        self._due_s = None
         self._round_parts = len(replica.fragments)
         weight = float(header.numpy()[:, Column.WEIGHT].sum())
         if weight == 0:
