@@ -22,8 +22,8 @@ import numpy as np
 from lasgd.errors import ConfigurationError
 from lasgd.stalls import is_stalled
 
-CHUNK = 256
-"""Steps drawn at once: 10 kB a rank, and numpy's cost of a call is spread over so many steps."""
+CHUNK = 32
+"""Steps drawn at once: 1 kB a rank, and numpy's cost of a call is spread over so many steps."""
 
 _LOG_NORMAL = 1
 """What a stream of random numbers is for. Part of its seed, so that no two purposes share a stream."""
