@@ -12,7 +12,6 @@ import torch
 from lasgd.cli.app import main
 from lasgd.errors import ConfigurationError, DivergenceError
 from lasgd.lab.simulation import simulated
-from lasgd.pace import End
 from lasgd.training import local_step, virtual_run, virtual_setup
 from lasgd.training.data import open_data, training_batches
 from lasgd.training.display import Display
@@ -134,23 +133,28 @@ def test_what_was_assumed_of_the_steps_is_told_so_that_the_run_can_be_repeated(t
     assert run(tmp_path / "given", condition="step=30ms", no_gradients=True).settings["compute"] is None
 
 
-def test_a_run_that_is_asked_to_stop_ends_in_one_round_of_all_ranks(tmp_path):
+@pytest.mark.parametrize("algorithm", ["lasgd", "local_sgd", "independent"])
+def test_a_run_that_is_asked_to_stop_ends_at_that_moment_however_far_the_next_round_is(
+    tmp_path, monkeypatch, algorithm
+):
+    chosen = settings(samples=10**6, algorithm=algorithm, condition="round=3000s", steps_per_round=30_000)
     with Display("a test") as display:
-        stopped = SimulatedRun(settings(samples=10**6), tmp_path, display)
-        stopped.stop()
-        outcome = stopped.run()
-        assert stopped.paces[0].end is End.STOP
-        assert outcome.rounds <= 2
-        assert stopped.finish(outcome) == 130
-    assert read_run(tmp_path).status == "interrupted"
+        stopped = SimulatedRun(chosen, tmp_path, display)
+        update, updates = local_step.update, []
 
+        def and_stop(*given):
+            updates.append(update(*given))
+            if len(updates) == 7:
+                stopped.stop()
 
-def test_ranks_that_agree_on_nothing_can_be_stopped_too(tmp_path):
-    with Display("a test") as display:
-        stopped = SimulatedRun(settings(samples=10**6, algorithm="independent", no_gradients=True), tmp_path, display)
-        stopped.stop()
-        stopped.run()
-    assert [rank.tally.local_steps for rank in stopped.cluster.ranks] == [1, 1, 1]
+        monkeypatch.setattr(local_step, "update", and_stop)
+        assert stopped.finish(stopped.run()) == 130
+    record = read_run(tmp_path)
+    assert record.status == "interrupted" and record.final is None
+    assert len(updates) == 7
+    assert [rank.local_steps for rank in record.ranks] == [3, 2, 2]
+    assert record.virtual_s == pytest.approx(0.3)
+    assert [rank.compute_s for rank in record.ranks] == pytest.approx([0.3, 0.2, 0.2])
 
 
 # Memory

@@ -203,13 +203,12 @@ class SimulatedRun:
     # The run
 
     def stop(self) -> None:
-        """Asks for an early end, of the virtual ranks or of the evaluations after them."""
+        """Asks for an early end, of the virtual ranks at this moment, or of the evaluations after them."""
         self.asked_to_stop = True
-        for rank in self.cluster.ranks if len(self.paces) > 1 else self.cluster.ranks[:1]:
-            rank.tally.wants_stop = True
+        self.cluster.stop()
 
     def run(self) -> Simulated:
-        """Up to the agreed end and the last exact average."""
+        """Up to the agreed end and the last exact average, or to `stop`."""
         self.display.status("")
         self._first_step_s = time.monotonic()
         try:
@@ -231,7 +230,7 @@ class SimulatedRun:
 
     def finish(self, simulated: Simulated) -> int:
         """Evaluates and writes. Returns the exit code."""
-        was_interrupted = any(pace.end is End.STOP for pace in self.paces)
+        was_interrupted = self.cluster.was_stopped
         identical = None
         if self._works and not was_interrupted:
             digests = {rank.replica.layout.content_digest() for rank in self.cluster.ranks}

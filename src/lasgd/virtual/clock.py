@@ -23,10 +23,11 @@ class Actor(Protocol):
 class Clock:
     """Virtual time, and what is to come."""
 
-    __slots__ = ("_at", "_moments", "now_s")
+    __slots__ = ("_at", "_moments", "is_stopped", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.is_stopped = False
         self._moments: list[float] = []
         self._at: dict[float, Any] = {}  # one actor, or a list of several
 
@@ -49,13 +50,19 @@ class Clock:
             self._at[time_s] = [there, actor]
 
     def run(self) -> None:
-        """Until nothing is to come."""
+        """Until nothing is to come, or `stop`."""
         moments, at = self._moments, self._at
-        while moments:
+        while moments and not self.is_stopped:
             self.now_s = time_s = heappop(moments)
             actors = at.pop(time_s)
             if type(actors) is list:
                 for actor in actors:
+                    if self.is_stopped:
+                        return
                     actor.act(actor)
             else:
                 actors.act(actors)
+
+    def stop(self) -> None:
+        """Nothing acts any more but who is acting just now. A signal handler may call it."""
+        self.is_stopped = True

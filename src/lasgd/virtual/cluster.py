@@ -180,7 +180,9 @@ class Cluster:
             raise ConfigurationError("a cluster needs at least one rank")
         self.clock = Clock()
         self.ended_s: float | None = None
-        """When the end was agreed; on ranks that agree on nothing, when the first one ended."""
+        """When the end was agreed, or `stop` asked for it; on ranks that agree on nothing, when the first one ended."""
+        self.was_stopped = False
+        """`stop` came before the end."""
         self.rounds = 0
         self.ranks = ranks
         self._compute, self._communicate = compute, communicate
@@ -203,10 +205,13 @@ class Cluster:
         return self.clock.now_s
 
     def run(self) -> None:
-        """Until every rank has ended. Raises ProtocolError where ranks wait for each other for ever."""
+        """Until every rank has ended, or `stop`. Raises ProtocolError where ranks wait for each other for ever."""
         with _collecting_nothing(not self._has_work):
             self._begin()
             self.clock.run()
+        if self.clock.is_stopped:
+            self._leave_all()
+            return
         waiting = [process.index for process in self._processes if process.first_gradient is not None]
         if self._n_joined or waiting:
             raise ProtocolError(self._deadlock(waiting))
@@ -214,6 +219,21 @@ class Cluster:
         for rank in self.ranks:
             rank.replica.show_average()  # where the text has left one to be shown
             rank.bytes_sent += self._bytes_sent
+
+    def stop(self) -> None:
+        """Ends `run` at the present moment, without a last exact average. A signal handler may call it.
+
+        Not by the ranks' agreement, as in real runs: the next round may be hours of computing away.
+        """
+        self.clock.stop()
+
+    def _leave_all(self) -> None:
+        self.was_stopped = True
+        self.ended_s = self.clock.now_s
+        for process in self._processes:
+            if process.rank.left_s is None:
+                self._close(process)
+            process.rank.bytes_sent += self._bytes_sent
 
     def _begin(self) -> None:
         for rank in self.ranks:
