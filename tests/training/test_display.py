@@ -181,6 +181,12 @@ def test_warnings_name_sick_ranks_skipped_images_and_differing_replicas():
     assert warnings(run(algorithm="independent", replicas_identical=False)) == []
 
 
+def test_ranks_that_were_sick_again_and_again_are_counted_not_listed():
+    found = warnings(run(health=[{"rank": i % 2, "round": i} for i in range(1000)]))
+    assert len(found) == 5
+    assert found[-1] == "and 996 more, in run.json under `health`"
+
+
 def test_what_was_left_out_is_told_and_a_long_list_counted():
     text = summary(notes=[f"rank 1: checkpoint {i} could not be written" for i in range(7)])
     assert "rank 1: checkpoint 0 could not be written" in text

@@ -264,20 +264,25 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         )
     if run.get("replicas_identical") is False and run["algorithm"] != "independent":
         found.append("the replicas differ at the end, which must not happen: please report it.")
-    found += [
-        f"rank {event['rank']} held NaN or Inf at round {event['round']}: took the mean"
-        for event in run.get("health", ())
-    ]
+    found += _first(
+        [
+            f"rank {event['rank']} held NaN or Inf at round {event['round']}: took the mean"
+            for event in run.get("health", ())
+        ],
+        "health",
+    )
     skipped = run.get("skipped_images") or ()
     if skipped:
         named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         images = "image" if len(skipped) == 1 else "images"
         found.append(f"{len(skipped):,} {images} could not be decoded and skipped: {named}")
-    notes = run.get("notes") or ()
-    found += notes[:_NOTES_SHOWN]
-    if len(notes) > _NOTES_SHOWN:
-        found.append(f"and {len(notes) - _NOTES_SHOWN:,} more, in run.json under `notes`")
-    return found
+    return found + _first(run.get("notes") or (), "notes")
+
+
+def _first(lines: Sequence[str], key: str) -> list[str]:
+    """As many as a terminal bears; `key` is where run.json has all of them."""
+    hidden = len(lines) - _NOTES_SHOWN
+    return [*lines[:_NOTES_SHOWN], *([f"and {hidden:,} more, in run.json under `{key}`"] if hidden > 0 else [])]
 
 
 def duration(seconds: float) -> str:
