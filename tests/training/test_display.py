@@ -181,6 +181,13 @@ def test_warnings_name_sick_ranks_skipped_images_and_differing_replicas():
     assert warnings(run(algorithm="independent", replicas_identical=False)) == []
 
 
+def test_the_summary_of_a_simulated_run_tells_its_network_and_its_steps():
+    text = summary(virtual_s=50.0, condition="fast", settings={"network": "20mbit,latency=5ms", "compute": None})
+    assert "20mbit,latency=5ms" in text and "compute" not in text
+    assert "compute" in summary(virtual_s=50.0, settings={"network": None, "compute": "100ms"})
+    assert "network" not in summary(settings={"lr": 0.1})
+
+
 def test_ranks_that_were_sick_again_and_again_are_counted_not_listed():
     found = warnings(run(health=[{"rank": i % 2, "round": i} for i in range(1000)]))
     assert len(found) == 5

@@ -204,6 +204,7 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
         ),
         ("replicas identical", {True: "yes", False: "no", None: "not compared"}[run.get("replicas_identical")]),
         ("condition", run["condition"]),
+        *_virtual_cluster(run.get("settings") or {}),
         ("link emulation", run["link_emulation"]),
     ]
     if run.get("fragments"):
@@ -225,6 +226,11 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
         console.print(Text(f"error: {run['error']}", style="red"), soft_wrap=not console.is_terminal)
     if out is not None:
         console.print(Text(f"results: {out}"), soft_wrap=True)
+
+
+def _virtual_cluster(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a simulated run was told of its cluster beside the condition."""
+    return [(name, str(settings[name])) for name in ("network", "compute") if settings.get(name) is not None]
 
 
 def _rank_table(ranks: Sequence[Mapping[str, Any]], clock_s: float) -> Table:
