@@ -222,6 +222,14 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_computed(
     assert all(line.startswith("lasgd: ") for line in said.splitlines())
 
 
+def test_a_folder_that_is_not_empty_is_not_said_to_hold_a_run_to_continue(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, no_gradients=True)
+    assert main(["simulate", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is not empty. Name another folder or remove it." in said and "--resume" not in said
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -154,9 +154,9 @@ def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
     continues = resume is not None and out.exists() and out.samefile(resume)
     try:
         if out.is_dir() and not continues and not holds_nothing_to_lose(out):
-            raise ConfigurationError(
-                f"--out: {out} is not empty. Name another folder, remove it, or continue its run with --resume {out}."
-            )
+            can_go_on = has_checkpoint(out, world_size) and not is_finished(out)
+            or_go_on = f", or continue its run with lasgd train --resume {out}" if can_go_on else ""
+            raise ConfigurationError(f"--out: {out} is not empty. Name another folder or remove it{or_go_on}.")
         (out / "logs").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
