@@ -220,6 +220,7 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_computed(
     assert message in said
     assert "Traceback" not in said
     assert all(line.startswith("lasgd: ") for line in said.splitlines())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_empty_is_not_said_to_hold_a_run_to_continue(tmp_path, capsys):

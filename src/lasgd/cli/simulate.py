@@ -73,13 +73,22 @@ def simulate(
 def check_simulation(settings: SimulationSettings, world_size: int) -> None:
     """Finds options that cannot work, alone or together, before anything is computed. Raises LasgdError."""
     check(settings, world_size)
-    from lasgd.training.virtual_setup import DEFAULT_STEP_S, check_memory, cluster, vector_of_bytes
+    from lasgd.training.virtual_setup import (
+        DEFAULT_STEP_S,
+        budget_without_data,
+        check_memory,
+        cluster,
+        step_time,
+        vector_of_bytes,
+    )
 
-    if settings.model_bytes is not None:
-        vector_of_bytes(settings.model_bytes)
-        if not settings.no_gradients:
-            raise ConfigurationError("--model-bytes goes with --no-gradients: gradients need a model.")
     check_memory(None, world_size)
     cluster(settings, world_size, DEFAULT_STEP_S)
     if settings.model_bytes is None:
         check_data_and_model(settings)
+        return
+    vector_of_bytes(settings.model_bytes)
+    if not settings.no_gradients:
+        raise ConfigurationError("--model-bytes goes with --no-gradients: gradients need a model.")
+    budget_without_data(settings, world_size)
+    step_time(settings, None, None)

@@ -141,6 +141,14 @@ def measured_step_s(settings: SimulationSettings, model: nn.Module, data: ImageD
     return statistics.median(seconds[2:])
 
 
+def budget_without_data(settings: SimulationSettings, world_size: int) -> int:
+    """Samples of all ranks together. Raises ConfigurationError where the settings count them in epochs."""
+    if settings.samples is None:
+        raise ConfigurationError("--model-bytes: without data there are no epochs; give --samples.")
+    settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
+    return settings.samples
+
+
 def plan(
     settings: SimulationSettings,
     world_size: int,
@@ -149,13 +157,7 @@ def plan(
     own_step_s: float,
 ) -> Plan:
     """What is to be simulated. Raises ConfigurationError, DataError."""
-    if data is not None:
-        samples = budget(settings, data, world_size)
-    elif settings.samples is None:
-        raise ConfigurationError("--model-bytes: without data there are no epochs; give --samples.")
-    else:
-        settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
-        samples = settings.samples
+    samples = budget_without_data(settings, world_size) if data is None else budget(settings, data, world_size)
     compute, network = cluster(settings, world_size, own_step_s)
     return Plan(
         registry.find(settings.algorithm),
