@@ -200,6 +200,8 @@ def test_steps_that_outlasted_their_padding_are_pointed_out(folder):
 def test_a_run_that_has_not_finished_is_refused(folder):
     with pytest.raises(ConfigurationError, match=r"interrupted.*Finish it first: lasgd train --resume"):
         read_measured(folder.write(status="interrupted"))
+    with pytest.raises(ConfigurationError, match=r"interrupted.*Simulate it once more"):  # it cannot be resumed
+        read_measured(folder.write(status="interrupted", link_emulation="virtual"))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

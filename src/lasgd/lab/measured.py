@@ -64,9 +64,13 @@ def read_measured(run_folder: Path, ranks: int | None = None) -> Measured:
     run_folder = Path(run_folder)
     run = read_run(run_folder)
     if run.status != "finished":
+        is_real = run.link_emulation != "virtual"
+        remedy = (
+            f"Finish it first: lasgd train --resume {run_folder}" if is_real else "Simulate it once more, to its end."
+        )
         raise ConfigurationError(
             f"{run_folder} is a run that is {run.status}, and only a finished one says how long its rounds took. "
-            f"Finish it first: lasgd train --resume {run_folder}"
+            f"{remedy}"
         )
     ranks = run.world_size if ranks is None else ranks
     if ranks < 1:
