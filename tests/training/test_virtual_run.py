@@ -263,6 +263,9 @@ def test_advice_names_what_to_try_first(tmp_path, capsys):
     assert main(["simulate", "--advise", *options]) == 0
     said = capsys.readouterr().out
     assert "Try first: lasgd." in said
+    assert said.startswith("4 ranks, batch size 32 a rank")
+    assert main(["simulate", "--advise", "--ranks", "1", "--model-bytes", "45MB"]) == 0
+    assert capsys.readouterr().out.startswith("1 rank, batch size 32 a rank")
     assert "45 MB, as given" in said
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from lasgd.cli.train import ranks_word
 from lasgd.errors import ConfigurationError
 from lasgd.lab import conditions
 from lasgd.training.interrupt import raising_interrupts
@@ -61,7 +62,7 @@ def _from_settings(settings: SimulationSettings, given: set[str]) -> Measured:
     own = step_time(settings, model, data)
     compute, network = cluster(settings, ranks, own.seconds)
     said = [
-        f"{ranks:,} ranks, batch size {settings.batch_size} a rank",
+        f"{ranks:,} {ranks_word(ranks)}, batch size {settings.batch_size} a rank",
         f"model: {vector.nbytes / 1e6:.3g} MB, {whose}",
         f"cluster: {described(settings)}",
     ]
