@@ -48,7 +48,7 @@ def _from_settings(settings: SimulationSettings, given: set[str]) -> Measured:
     from lasgd.lab.advise import Measured
     from lasgd.training.data import open_data
     from lasgd.training.setup import make_model
-    from lasgd.training.virtual_setup import cluster, step_time, vector_of, vector_of_bytes
+    from lasgd.training.virtual_setup import cluster, says_no_step, step_time, vector_of, vector_of_bytes
 
     ranks, model, data = settings.ranks or 1, None, None
     if settings.model_bytes is not None:
@@ -75,7 +75,7 @@ def _from_settings(settings: SimulationSettings, given: set[str]) -> Measured:
 
 def _from_run(settings: SimulationSettings, given: set[str], run: Path) -> Measured:
     from lasgd.lab.advise import read_measured
-    from lasgd.training.virtual_setup import DEFAULT_STEP_S, cluster
+    from lasgd.training.virtual_setup import DEFAULT_STEP_S, cluster, says_no_step
 
     for name in ("model_bytes", "data", "model"):
         if name in given:
@@ -109,11 +109,6 @@ def described(settings: SimulationSettings) -> str:
     said += [f"network {settings.network}"] if settings.network else []
     said += [f"compute {settings.compute}"] if settings.compute else []
     return ", ".join(said) or "condition fast"
-
-
-def says_no_step(settings: SimulationSettings) -> bool:
-    """Neither --compute nor the condition says how long a local step takes."""
-    return settings.compute in (None, "measured") and conditions.parse(settings.condition).step_s is None
 
 
 def says_no_link(settings: SimulationSettings) -> bool:

@@ -41,7 +41,15 @@ from lasgd.training.settings import SimulationSettings
 from lasgd.training.setup import make_model, make_optimizer, pick_device
 from lasgd.training.timeline import Timeline
 from lasgd.training.virtual_data import SharedBatches
-from lasgd.training.virtual_setup import StepTime, check_memory, plan, step_time, vector_of, vector_of_bytes
+from lasgd.training.virtual_setup import (
+    StepTime,
+    check_memory,
+    plan,
+    says_no_step,
+    step_time,
+    vector_of,
+    vector_of_bytes,
+)
 from lasgd.virtual.timing_replica import TimingReplica
 
 SHOW_EVERY_S = 0.25
@@ -265,7 +273,7 @@ class SimulatedRun:
 
     def _settings_as_run(self) -> dict[str, object]:
         """Such that they give the same run again: a measured step time is named."""
-        if self.settings.compute == "measured" or (self.settings.compute is None and self.condition.step_s is None):
+        if says_no_step(self.settings):
             return {"compute": f"{self.step_time.seconds * 1e3:.6g}ms"}
         return {}
 

@@ -103,6 +103,11 @@ def available_bytes() -> int:
     return min(available, max(0, limit - used))
 
 
+def says_no_step(settings: SimulationSettings) -> bool:
+    """Neither --compute nor the condition says how long a local step takes."""
+    return settings.compute in (None, "measured") and conditions.parse(settings.condition).step_s is None
+
+
 @dataclass(frozen=True)
 class StepTime:
     """How long a local step takes where the settings do not say."""
