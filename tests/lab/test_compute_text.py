@@ -38,8 +38,8 @@ def test_a_trace_is_read_from_a_file_of_any_name(tmp_path, name):
     path = tmp_path / name
     path.write_text("rank,step_s\n0,0.1\n0,0.2\n")
     assert parse_compute(f"trace={path}", 4, 0) == Trace(((0.1, 0.2),))
-    slowed = parse_compute(f"trace={path} + Straggler=1:2x", 4, 0)
-    assert list(islice(slowed.durations(1), 2)) == [0.2, 0.4]
+    slowed = parse_compute(f"trace={path} + Straggler=0:2x", 4, 0)
+    assert list(islice(slowed.durations(0), 2)) == [0.2, 0.4]
 
 
 @pytest.mark.parametrize(

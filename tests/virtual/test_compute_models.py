@@ -96,9 +96,11 @@ def test_a_trace_begins_again_when_it_is_used_up():
     assert first(Trace([[0.1, 0.2, 0.3]]), 0, 7) == [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1]
 
 
-def test_a_rank_that_was_not_traced_takes_the_times_of_one_that_was():
-    trace = Trace([[0.1, 0.2], [0.3], [0.4]])
-    assert [first(trace, rank, 2) for rank in range(6)] == [[0.1, 0.2], [0.3, 0.3], [0.4, 0.4]] * 2
+def test_a_rank_that_was_not_traced_takes_the_times_of_one_that_was_from_another_moment_on():
+    trace = Trace([[0.1, 0.2, 0.3, 0.4], [0.5]])
+    assert first(trace, 1, 3) == first(trace, 3, 3) == [0.5, 0.5, 0.5]
+    begins = [first(trace, rank, 5) for rank in (0, 2, 4)]
+    assert begins == [[0.1, 0.2, 0.3, 0.4, 0.1], [0.3, 0.4, 0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.1]]
 
 
 @pytest.mark.parametrize(

@@ -329,17 +329,19 @@ class SimulatedRun:
         virtual_s = self.cluster.now_s if self.cluster.ended_s is None else self.cluster.ended_s
         wall_s = (self._end_s if self._end_s > self._first_step_s else time.monotonic()) - self._first_step_s
         loss = self._works[0].loss if self._works else None
+        # Before the first round the ranks have agreed on nothing, and yet a reader wants to know that they are at work.
+        samples = pace.samples or sum(rank.tally.samples for rank in self.cluster.ranks)
         return Snapshot(
-            samples=pace.samples,
+            samples=samples,
             budget=pace.budget,
-            samples_per_s=pace.samples / virtual_s if virtual_s and pace.samples else None,
+            samples_per_s=samples / virtual_s if virtual_s and samples else None,
             loss=None if loss is None else loss.item(),
             rounds=pace.round,
             staleness_steps=first.tally.staleness.mean_steps if first.tally.staleness.merges else None,
             waited_s=first.tally.waited_s,
             wall_s=wall_s,
             virtual_s=virtual_s,
-            left_s=wall_s * (pace.budget - pace.samples) / pace.samples if pace.samples else None,
+            left_s=wall_s * max(0, pace.budget - samples) / samples if samples else None,
             world_size=self.ranks,
             fragments=len(first.replica.fragments),
             notes=tuple(self.notes.lines),

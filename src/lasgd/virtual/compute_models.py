@@ -25,6 +25,9 @@ from lasgd.stalls import is_stalled
 CHUNK = 32
 """Steps drawn at once: 1 kB a rank, and numpy's cost of a call is spread over so many steps."""
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, without their whole part, lie apart from each other however many there are."""
+
 _LOG_NORMAL = 1
 """What a stream of random numbers is for. Part of its seed, so that no two purposes share a stream."""
 
@@ -132,8 +135,8 @@ class Stalls:
 class Trace:
     """Measured step times, rank by rank, each list from its beginning again when it is used up.
 
-    A rank without a list of its own takes that of rank r mod the number of lists, from the same beginning: give such
-    ranks a list that was measured on a rank like them.
+    A rank without a list of its own takes that of rank r mod the number of lists, from another moment on: in lockstep
+    with the rank that was measured it would never wait for it.
     """
 
     step_times_s: Sequence[Sequence[float]]
@@ -149,7 +152,10 @@ class Trace:
 
     def durations(self, rank: int) -> Iterator[float]:
         """The list of the rank, round and round."""
-        return chain.from_iterable(repeat(self.step_times_s[rank % len(self.step_times_s)]))
+        copy, measured = divmod(rank, len(self.step_times_s))
+        times = self.step_times_s[measured]
+        begin = int(len(times) * (copy * _GOLDEN % 1))
+        return chain(times[begin:], chain.from_iterable(repeat(times)))
 
 
 def _check_positive(name: str, value: float) -> None:
