@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 
 import pytest
@@ -15,7 +16,10 @@ from helpers import LIMIT_S, alone, batch, raise_any, small_model, train_step, w
 from lasgd.errors import ConfigurationError, DivergenceError, PeerError
 from lasgd.group.c10d import C10dGroup
 from lasgd.group.padded import PaddedGroup
+from lasgd.merge import rule as merge_rule
 from lasgd.pace import End
+from lasgd.runtime.parallel import MeanGradients
+from lasgd.tally import Tally
 
 
 def values(model) -> torch.Tensor:
@@ -130,6 +134,38 @@ def test_micro_batches_accumulate_outside_of_the_network_and_are_averaged_once()
     (first, one), (second, _) = raise_any(run_ranks(loop, samples=8))
     assert torch.equal(values(first), values(second))
     assert one.tally.local_steps == one.pace.round == 5
+
+
+def with_gradients(*gradients: torch.Tensor) -> MeanGradients:
+    model = nn.ParameterList([torch.zeros_like(gradient) for gradient in gradients])
+    for parameter, gradient in zip(model, gradients, strict=True):
+        parameter.grad = gradient
+    return MeanGradients(model, Tally(1), 1, merge_rule("full"))
+
+
+@pytest.mark.parametrize("sick", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_are_found_wherever_they_are(sick):
+    for place in range(5):
+        flat = torch.arange(5.0)
+        flat[place] = sick
+        assert with_gradients(flat[:2], flat[2:].view(1, 3), torch.empty(0)).gradient().weight == 0.0
+    assert with_gradients(torch.full((3,), 3e38)).gradient().weight == 1.0
+
+
+def test_to_look_for_nan_takes_no_longer_than_to_read_the_gradients_a_few_times():
+    gradient = torch.ones(2**21)
+    replica = with_gradients(gradient)
+
+    def shortest_s(action) -> float:
+        spent_s = []
+        for _ in range(7):
+            begin_s = time.perf_counter()
+            action()
+            spent_s.append(time.perf_counter() - begin_s)
+        return min(spent_s)
+
+    # One pass; the largest absolute value, by torch's norm, takes as long as 25 of them.
+    assert shortest_s(replica.gradient) < 8 * shortest_s(lambda: torch.aminmax(gradient))
 
 
 class Normed(nn.Sequential):
