@@ -13,7 +13,7 @@ from torch import nn
 
 import lasgd
 from helpers import LIMIT_S, alone, batch, raise_any, small_model, train_step, wait_all
-from lasgd.errors import ConfigurationError, DivergenceError, PeerError
+from lasgd.errors import ConfigurationError, DivergenceError, PeerError, ProtocolError
 from lasgd.group.c10d import C10dGroup
 from lasgd.group.padded import PaddedGroup
 from lasgd.merge import rule as merge_rule
@@ -276,6 +276,23 @@ def test_a_local_step_after_the_end_is_refused_and_nobody_waits_for_it():
     _, error = run_ranks(loop)
     assert isinstance(error, ConfigurationError)
     assert "a local step after the agreed end" in str(error)
+
+
+def test_a_recorder_that_raises_on_the_reducers_thread_is_heard_of_and_nobody_waits_for_ever():
+    def record(kind, begin_s, end_s):
+        if kind == "round":
+            raise ValueError("no more paper")
+
+    def loop(r, averaging, model, optimizer):
+        if r == 1:
+            averaging.on_record(record)
+        until_finished(r, averaging, model, optimizer)
+
+    stays, fails = run_ranks(loop)
+    assert isinstance(fails, ProtocolError)
+    assert "the reducer: ValueError: no more paper" in str(fails)
+    assert isinstance(stays, PeerError)
+    assert "Rank 1 left: ProtocolError" in str(stays)
 
 
 def test_only_algorithms_that_average_gradients_take_it():

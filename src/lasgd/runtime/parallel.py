@@ -107,26 +107,28 @@ class Reducer(threading.Thread):
         """The thread's body."""
         while (bucket := self._handed.get()) is not None:
             begin_s = time.monotonic()
-            try:
-                if self._communicator.failure is None:
-                    self._wait_reduced(bucket)
-            finally:
-                bucket.settle()
-            self._record("round", max(begin_s, bucket.ready_s), time.monotonic())
+            if self._communicator.failure is None:
+                self._guard(lambda bucket=bucket: self._wait_reduced(bucket))
+            bucket.settle()
+            self._guard(lambda begin_s=begin_s: self._record("round", begin_s, time.monotonic()))
         self._ended.set()
         self._settle_rest()
 
-    def _wait_reduced(self, bucket: Bucket) -> None:
+    def _guard(self, action: Callable[[], None]) -> None:
+        """The action; what it raises becomes the failure, and the buckets to come are settled all the same."""
         try:
-            if isinstance(bucket.started, PeerError):
-                raise bucket.started
-            self._lane.wait_all_reduce(bucket.started)
+            action()
         except PeerError as error:
             self._communicator.fail(PeerError(f"{self._communicator.where()}: {error}"))
-        except Exception as error:  # whatever it is, the training thread must hear of it
+        except BaseException as error:  # whatever it is, the training thread must hear of it
             wrapped = ProtocolError(f"{self._communicator.where()}: the reducer: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
             self._communicator.fail(wrapped)
+
+    def _wait_reduced(self, bucket: Bucket) -> None:
+        if isinstance(bucket.started, PeerError):
+            raise bucket.started
+        self._lane.wait_all_reduce(bucket.started)
 
     def _settle_rest(self) -> None:
         while True:
