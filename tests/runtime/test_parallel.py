@@ -197,6 +197,38 @@ def test_a_loop_that_calls_the_model_itself_is_told_to_call_the_averagings():
         assert "call averaging.model(x) instead of model(x)" in str(error)
 
 
+def test_a_gradient_that_grows_after_it_was_averaged_is_refused():
+    def within_no_sync(r, averaging, model, optimizer):
+        x, y = batch(r)
+        nn.functional.mse_loss(averaging.model(x), y).backward()
+        with averaging.model.no_sync():
+            step(averaging.model, optimizer, seed=10 + r)
+
+    def by_the_model_itself(r, averaging, model, optimizer):
+        x, y = batch(r)
+        nn.functional.mse_loss(averaging.model(x), y).backward()
+        step(model, optimizer, seed=10 + r)
+
+    for loop in (within_no_sync, by_the_model_itself):
+        for error in run_ranks(loop):
+            assert isinstance(error, ConfigurationError), error
+            assert "outside of no_sync() for the last micro-batch" in str(error)
+
+
+def test_an_error_of_the_models_own_forward_hook_is_not_taken_for_one_of_the_network():
+    def fails(module, inputs):
+        raise RuntimeError("wrong shape of bananas")
+
+    def make():
+        model = small_model()
+        model.register_forward_pre_hook(fails)
+        return model
+
+    for error in run_ranks(make=make):
+        assert type(error) is RuntimeError, error
+        assert "bananas" in str(error)
+
+
 class Partly(nn.Module):
     def __init__(self) -> None:
         super().__init__()

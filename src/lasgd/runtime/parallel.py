@@ -171,7 +171,13 @@ class ParallelModel:
         self.module = _Ddp(model, lane, self._forward)
         # The method carries no annotations because DDP compares them with classes, and here they would be strings.
         self.module.register_comm_hook(None, self._reduce)
-        self._handle = model.register_forward_pre_hook(self._model_begins)
+        first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self._handles = [
+            # Ahead of the model's own hooks, whose errors would be taken for those of DDP.
+            model.register_forward_pre_hook(self._model_begins, prepend=True),
+            # Whatever one rank adds by itself goes through every parameter; DDP's hook comes after this one.
+            first.register_post_accumulate_grad_hook(self._gradient_grows),
+        ]
 
     def take_waits(self) -> list[tuple[float, float]]:
         """(begin_s, end_s) of each time of standing still since the latest call, at a complete gradient.
@@ -200,7 +206,8 @@ class ParallelModel:
             return
         self._is_closed = True
         self.finish()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         # Gloo's connections close, and the other ranks hear of it, with the last reference to the process group. To
         # give it up may take until a collective has ended that is on its way; so a thread does.
         give_up(self.module.given_up())
@@ -231,6 +238,9 @@ class ParallelModel:
         self._lane.wait_broadcast_rest(sum(buffer.nbytes for buffer in self.module.modules_buffers))
         self._note_wait(begin_s, time.monotonic())
 
+    def _gradient_grows(self, _: Tensor) -> None:
+        self._is_reduced = False
+
     def _reduce(self, state, bucket):
         self.before_bucket()
         tensor = bucket.buffer().div_(self._world_size)
@@ -241,7 +251,7 @@ class ParallelModel:
         except PeerError as error:
             started = error
         is_last = bucket.is_last()
-        self._is_reduced |= is_last
+        self._is_reduced = is_last
         on_settled = self._note_settled if is_last else lambda bucket: None
         self._reducer.hand_over(Bucket(tensor, future, started, ready_s, on_settled))
         return future
