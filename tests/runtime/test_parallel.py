@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import math
 import time
 
@@ -349,3 +351,17 @@ def test_without_it_the_model_to_call_is_the_model():
         assert averaging.waited_within_passes_s == 0.0
         while not averaging.finished:
             train_step(model, optimizer, seed=1)
+
+
+def test_a_copy_of_the_model_can_be_made_and_stored_during_the_run_and_is_on_its_own():
+    def loop(r, averaging, model, optimizer):
+        step(averaging.model, optimizer, seed=r)
+        stored = io.BytesIO()
+        torch.save(model, stored)
+        stored.seek(0)
+        for copied in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+            step(copied, torch.optim.SGD(copied.parameters(), lr=0.1), seed=r)
+        until_finished(r, averaging, model, optimizer)
+
+    (first, _), (second, _) = raise_any(run_ranks(loop, make=lambda: Normed()))
+    assert torch.equal(values(first), values(second))

@@ -174,9 +174,10 @@ class ParallelModel:
         first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         self._handles = [
             # Ahead of the model's own hooks, whose errors would be taken for those of DDP.
-            model.register_forward_pre_hook(self._model_begins, prepend=True),
-            # Whatever one rank adds by itself goes through every parameter; DDP's hook comes after this one.
-            first.register_post_accumulate_grad_hook(self._gradient_grows),
+            model.register_forward_pre_hook(_Hook(self._model_begins), prepend=True),
+            # One parameter stands for all, for a hook on each would cost time; DDP's comes after this one. So what a
+            # rank adds by itself is missed where its loss leaves out just this parameter.
+            first.register_post_accumulate_grad_hook(_Hook(self._gradient_grows)),
         ]
 
     def take_waits(self) -> list[tuple[float, float]]:
@@ -262,6 +263,23 @@ class ParallelModel:
     def _note_wait(self, begin_s: float, end_s: float) -> None:
         self._waits.append((begin_s, end_s))
         self.waited_s += end_s - begin_s
+
+
+class _Hook:
+    """A hook on a model that its copies, deep and stored, are rid of: copying ours would copy threads and sockets."""
+
+    def __init__(self, action: Callable[..., None]):
+        self._action = action
+
+    def __call__(self, *inputs: Any) -> None:
+        self._action(*inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 class _Ddp(DistributedDataParallel):
