@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 RECENT_STEPS = 9
@@ -47,7 +48,7 @@ class Tally:
 
     boundary_s: float = 0.0
     """time.monotonic() of the latest step boundary, or of the start."""
-    recent_s: list[float] = field(default_factory=lambda: [0.0] * RECENT_STEPS, repr=False)
+    recent_s: array[float] = field(default_factory=lambda: array("d", [0.0] * RECENT_STEPS), repr=False)
     """Seconds of the latest local steps, boundary to boundary, in no order; 0 where there was none yet."""
 
     def count_step(self, now_s: float) -> None:

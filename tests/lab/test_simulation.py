@@ -123,7 +123,7 @@ def told(given: Plan) -> bytes:
     outcome = simulated(given, lambda *event: events.append(event))
     counts = [(dataclasses.asdict(rank.tally), rank.bytes_sent, rank.left_s) for rank in outcome.ranks]
     assert events or given.algorithm.name == "independent"
-    return json.dumps([events, counts, outcome.virtual_s, outcome.rounds, outcome.fragments]).encode()
+    return json.dumps([events, counts, outcome.virtual_s, outcome.rounds, outcome.fragments], default=list).encode()
 
 
 def conditioned(algorithm: str, seed: int) -> Plan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
+from itertools import count, groupby
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -92,3 +93,32 @@ def test_ranks_that_are_equal_act_in_the_order_of_ranks_for_ever():
     clock.run()
     for _, acting in groupby(written, lambda event: event[0]):
         assert [rank for _, rank in acting] == [0, 1, 2]
+
+
+def test_thousands_of_moments_come_in_order_whatever_windows_they_fall_into():
+    clock = Clock()
+    random = Random(7)
+    happened: list[tuple[float, int]] = []
+    foreseen = count()
+
+    class Again:
+        """Acts a few times, after pauses of very different lengths, some of them equal."""
+
+        def __init__(self, times: int):
+            self.times, self.order = times, -1
+
+        def act(self, _) -> None:
+            happened.append((clock.now_s, self.order))
+            if self.times:
+                self.times -= 1
+                self.plan(clock.now_s + random.choice([0.0, 1e-9, 0.125, random.random(), 1000 * random.random()]))
+
+        def plan(self, time_s: float) -> None:
+            self.order = next(foreseen)
+            clock.at(time_s, self)
+
+    for number in range(3000):
+        Again(5).plan(0.25 * (number % 7) if number % 2 else random.random())
+    clock.run()
+    assert len(happened) == 3000 * 6
+    assert happened == sorted(happened), "by time, and at the same moment in the order of foresight"

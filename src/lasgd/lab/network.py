@@ -184,6 +184,7 @@ class ShapedNetwork:
             namespace, port = names.namespace(f"r{rank}"), f"r{rank}"
             _run("ip", "netns", "add", namespace)
             _run("ip", "-n", namespace, "link", "set", "lo", "up")
+            _fill_links(namespace)
             _run(
                 "ip",
                 "-n",
@@ -330,6 +331,18 @@ def _shape(namespace: str, device: str, bandwidth_bytes_per_s: float, latency_s:
         packets = 1000 + round((limit + bandwidth_bytes_per_s * latency_s) / 1000)  # no loss within the delay
         delay = f"{max(1, round(latency_s * 1e6))}us"
         _run(*on, "parent", "1:1", "handle", "10:", "netem", "delay", delay, "limit", str(packets))
+
+
+def _fill_links(namespace: str) -> None:
+    """Lets TCP find its rate by filling the link's queue, where the system allows to choose.
+
+    BBR, the default of some systems, paces by what it has measured, and in a ring, where every link waits for another,
+    that is less and less: 1.57 MB over four links of 20 mbit/s took 1.02 to 1.22 s with it, and 1.01 to 1.02 s with
+    reno.
+    """
+    with contextlib.suppress(ConfigurationError):
+        choose = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"
+        _run("ip", "netns", "exec", namespace, "sh", "-c", choose)
 
 
 def _bucket_bytes(bandwidth_bytes_per_s: float) -> tuple[int, int]:
