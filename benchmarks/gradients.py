@@ -4,10 +4,11 @@
     simulated   the same steps of a simulated run: batches, optimizer, rounds, step boundaries, the clock
     vmap        the bare gradients of all 16 at once, replicas as rows of one tensor (torch.func.vmap)
 
-All on one thread; the simulated run has its batches drawn by one worker beside it, as by default. The three are
-measured in turn. `vmap` decides nothing: it says whether rows of one tensor would be the faster way.
+Bare gradients are one thread's. The simulated run has its batches drawn by one worker beside it, as by default, and
+computes on one thread, too, or on those of two cores, which is its default where there are two. All are measured in
+turn. `vmap` decides nothing: it says whether rows of one tensor would be the faster way.
 
-    python benchmarks/gradients.py            about 3 minutes
+    python benchmarks/gradients.py            about 4 minutes
     python benchmarks/gradients.py --quick    does it work?
 """
 
@@ -28,17 +29,17 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional
 
 from common import Bar, Report, arguments_for, run_card, spread, where_to_store
-from lasgd.training import local_step
+from lasgd.training import local_step, virtual_run
 from lasgd.training.data import ImageData, TrainingSource, open_data
 from lasgd.training.display import Display
 from lasgd.training.settings import SimulationSettings
 from lasgd.training.setup import make_model
-from lasgd.training.virtual_run import SimulatedRun
 from retention import make_images
 
 RANKS = 16
 BATCH_SIZE = 16
 OVERHEAD = 1.10
+CORES = (1, 2)
 CONDITIONS = {
     "link=20mbit+step=100ms": "rounds by fragments, about one a step",
     "step=100ms": "the whole vector of every rank in every step: the most that averaging can cost",
@@ -71,14 +72,15 @@ def bare_s(models: Sequence[nn.Module], batches: Sequence[Any], rounds: int) -> 
     return statistics.median(passes)
 
 
-def simulated_s(data: Path, condition: str, steps: int) -> float:
-    """Seconds of a simulated local step, all of it: the run's own wall time over its steps."""
+def simulated_s(data: Path, condition: str, steps: int, cores: int) -> float:
+    """Seconds of a simulated local step on `cores`, all of it: the run's own wall time over its steps."""
+    virtual_run.usable_cores = lambda: cores
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         Display("gradients") as display,
     ):
-        run = SimulatedRun(settings_for(data, condition, steps * RANKS * BATCH_SIZE), Path(folder), display)
+        run = virtual_run.SimulatedRun(settings_for(data, condition, steps * RANKS * BATCH_SIZE), Path(folder), display)
         begin_s = time.perf_counter()
         outcome = run.run()
         seconds = time.perf_counter() - begin_s
@@ -111,10 +113,14 @@ def prepared(opened: ImageData, data: Path) -> tuple[list[nn.Module], list[Any]]
     return models, batches
 
 
+def _cores(n: int) -> str:
+    return "one core" if n == 1 else f"{n} cores"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures; returns the exit code."""
     arguments = arguments_for("gradients", __doc__).parse_args(argv)
-    repeats, steps, rounds = (1, 5, 3) if arguments.quick else (5, 40, 20)
+    repeats, steps, rounds = (1, 5, 3) if arguments.quick else (4, 25, 12)
     card = run_card({"quick": arguments.quick, "ranks": RANKS, "batch_size": BATCH_SIZE}, [arguments.seed])
     report = Report("gradients", card)
     threads = torch.get_num_threads()
@@ -122,17 +128,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="lasgd-gradients-") as name:
         data = make_images(Path(name) / "data")
         models, batches = prepared(open_data(str(data)), data)
-        overheads: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
+        cells = [(condition, cores) for condition in CONDITIONS for cores in CORES]
+        overheads: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
         bare, at_once = [], []
         for repeat in range(repeats):
-            for condition in CONDITIONS:
+            for condition, cores in cells:
                 before = bare_s(models, batches, rounds)
-                simulated = simulated_s(data, condition, steps)
+                simulated = simulated_s(data, condition, steps, cores)
                 after = bare_s(models, batches, rounds)
                 bare.append((before + after) / 2)
-                overheads[condition].append(simulated / bare[-1])
+                overheads[condition, cores].append(simulated / bare[-1])
                 print(
-                    f"repeat {repeat + 1} of {repeats}, {condition}: bare {bare[-1] * 1e3:.2f} ms, "
+                    f"repeat {repeat + 1} of {repeats}, {condition}, cores {cores}: bare {bare[-1] * 1e3:.2f} ms, "
                     f"simulated {simulated * 1e3:.2f} ms a step",
                     flush=True,
                 )
@@ -140,13 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(threads)
     report.figures = {
         "bare_ms": spread([1e3 * seconds for seconds in bare]),
-        "simulated_over_bare": {condition: spread(values) for condition, values in overheads.items()},
+        "simulated_over_bare": {
+            f"{condition}, {_cores(cores)}": spread(values) for (condition, cores), values in overheads.items()
+        },
         "vmap_over_bare": spread(at_once),
     }
-    for condition, values in overheads.items():
+    for (condition, cores), values in overheads.items():
         report.add(
             Bar(
-                f"{RANKS} ranks, {condition}: a simulated step over its bare gradient",
+                f"{RANKS} ranks, {condition}, {_cores(cores)}: a simulated step over its bare gradient",
                 statistics.median(values),
                 at_most=OVERHEAD,
                 among=(min(values), max(values)),
