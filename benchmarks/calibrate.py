@@ -313,7 +313,7 @@ def network_part(report: Report, repeats: int) -> None:
     if why_not is None:
         report.notes += [
             *table.lines,
-            "After a pause an emulated link is quicker than a link of its speed: its token bucket lets 128 KiB through "
+            "After a pause an emulated link is quicker than a link of its speed: its token bucket lets 10 ms through "
             "at once. The simulator knows of no bucket.",
         ]
 

@@ -131,7 +131,7 @@ def test_ranks_die_with_the_command_and_the_run_goes_on_where_it_was(tmp_path):
     with running(Command("--ranks", "2", *SLOW, "--out", "run", cwd=tmp_path)) as command:
         assert command.wait() == 2
         assert command.err.startswith("lasgd: --out: run is not empty.")
-        assert "continue its run with --resume run" in command.err
+        assert "continue its run with lasgd train --resume run" in command.err
 
     with running(Command("--resume", "run", cwd=tmp_path)) as command:
         wait_cut(out, 2, number + 3)
