@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
-from lasgd.lab.advise import ABOUT_EQUAL, Advice, _averages_gradients, _Kept, _Lab, advice_table, advise, ranked
+from lasgd.lab.advise import ABOUT_EQUAL, Advice, _Kept, _Lab, advice_table, advise, ranked
 from lasgd.lab.simulation import Plan, simulated
 from lasgd.virtual.compute_models import Constant, LogNormal, Stalls, Stragglers
 from lasgd.virtual.network_models import Network, Nodes
@@ -150,10 +150,6 @@ def test_the_limit_is_what_independent_reaches():
     plan = Plan(registry.find("independent"), 8, compute, Network(8, 1e6), MODEL, samples=8 * 32 * 50)
     first = advices(compute)[0]
     assert first.samples_per_s / first.share_of_limit == pytest.approx(simulated(plan).samples_per_s)
-
-
-def test_which_algorithm_averages_gradients_is_read_from_its_text():
-    assert [name for name in registry.names() if _averages_gradients(registry.find(name))] == ["sync_sgd"]
 
 
 @pytest.mark.parametrize("bytes_per_s, latency_s", [(SLOW_LINK, 0.0), (1.25e8, 0.0), (1.25e8, 5e-3), (2.5e6, 0.02)])

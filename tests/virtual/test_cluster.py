@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from itertools import pairwise, repeat
+from itertools import islice, pairwise, repeat
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasgd.algorithms import registry
+from lasgd.algorithms.requests import AllReduceMean
 from lasgd.errors import ProtocolError
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
@@ -197,6 +198,15 @@ def _five_steps(replica, pace):
         yield Gradient()
         yield Update()
         replica.merge()
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_what_the_registry_says_of_gradients_is_what_the_text_asks_for(name):
+    algorithm = registry.find(name)
+    texts = [text for text in (algorithm.compute, algorithm.communicate) if text is not None]
+    asked = [request for text in texts for request in islice(text(timed(1)[0], Pace(1, 1)), 20)]
+    rounds = [request for request in asked if isinstance(request, AllReduceMean)]
+    assert algorithm.averages_gradients == any(request.sent.is_gradient for request in rounds)
 
 
 # Values

@@ -26,10 +26,9 @@ from rich.text import Text
 
 from lasgd.algorithms import registry
 from lasgd.algorithms.registry import Algorithm
-from lasgd.algorithms.requests import AllReduceMean
 from lasgd.lab.measured import Measured, read_measured
 from lasgd.lab.simulation import Plan, cluster_of, outcome
-from lasgd.pace import Column, Delay, Pace
+from lasgd.pace import Column, Delay
 from lasgd.tally import RECENT_STEPS, Tally
 from lasgd.virtual.compute_models import CHUNK, ComputeModel
 from lasgd.virtual.network_models import Network
@@ -110,7 +109,7 @@ def advise(
         if not algorithm.agrees:
             continue  # no communication at all: the limit itself
         progress(f"simulating {name}")
-        if algorithm.communicate is not None or _averages_gradients(algorithm):
+        if algorithm.communicate is not None or algorithm.averages_gradients:
             found.append(lab.tried(algorithm))
             continue
         trials = {steps: lab.trial(algorithm, steps) for steps in STEPS_PER_ROUND}
@@ -396,7 +395,7 @@ class _Lab:
         """The trial in the user's words. `is_enough`: no lower steps_per_round hides the network."""
         samples_per_s = trial.share_of_limit * self.limit_samples_per_s
         apart = trial.steps_per_round * trial.fragments
-        if trial.algorithm.communicate is None and _averages_gradients(trial.algorithm):
+        if trial.algorithm.averages_gradients:
             apart = 0.0
         reason = self._reason(trial, apart)
         if is_enough and steps_per_round != 1:
@@ -464,16 +463,6 @@ class _Lab:
         for _ in range(20 * RECENT_STEPS):
             fragments = delay.fragments(fragments, fragments, self.round_steps(fragments))
         return min(fragments, self.vector.elements)
-
-
-def _averages_gradients(algorithm: Algorithm) -> bool:
-    """Whether an algorithm that waits does so within each step, before the update: there H means nothing."""
-    if algorithm.communicate is not None:
-        return False
-    text = algorithm.compute(TimingReplica(Vector(1), Tally(1)), Pace(1, 1))  # type: ignore[arg-type]
-    first = next((request for request in islice(text, 1000) if isinstance(request, AllReduceMean)), None)
-    text.close()
-    return first is not None and first.sent.is_gradient
 
 
 # Words

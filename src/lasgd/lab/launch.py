@@ -20,6 +20,7 @@ from rich.console import Console
 
 import lasgd.errors
 from lasgd.errors import ConfigurationError, LasgdError
+from lasgd.lab.cores import usable_cores
 from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.lab.supervisor import Ended, Outcome, RankCommand, Supervisor
 from lasgd.training.run_folder import (
@@ -147,7 +148,7 @@ def _open_link(settings: Settings, world_size: int, stack: contextlib.ExitStack)
 def _environment(rank: int, world_size: int, store: tuple[str, int]) -> dict[str, str]:
     """What torchrun sets, so that a rank cannot tell the difference."""
     host, port = store[:2]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -47,6 +47,11 @@ class Plan:
         """The fragments that the algorithm takes."""
         return self.fragments if self.algorithm.takes_fragments else 1
 
+    @property
+    def first_cut(self) -> int:
+        """The fragments that a run begins with."""
+        return 1 if self.cut == "auto" else self.cut
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -83,8 +88,7 @@ class Simulated:
 
 def simulated(plan: Plan, record: Record | None = None) -> Simulated:
     """Runs `plan` without gradients. Raises ConfigurationError, and ProtocolError for ranks that wait for ever."""
-    fragments = 1 if plan.cut == "auto" else plan.cut
-    replicas = [TimingReplica(plan.vector, Tally(plan.batch_size), fragments) for _ in range(plan.ranks)]
+    replicas = [TimingReplica(plan.vector, Tally(plan.batch_size), plan.first_cut) for _ in range(plan.ranks)]
     cluster, paces = cluster_of(plan, replicas, record=record)
     cluster.run()
     return outcome(cluster, paces)

@@ -29,11 +29,11 @@ from lasgd.training.display import Display, print_summary
 from lasgd.training.evaluation import SavedMeans
 from lasgd.training.interrupt import asking_to_stop
 from lasgd.training.loop import Notes, Trainer
-from lasgd.training.results import RankReport, Results, wait_reports
+from lasgd.training.results import RankReport, Results, rank_record, wait_reports
 from lasgd.training.resume import Progress, wait_resumed
-from lasgd.training.run_folder import LinkEmulation, RankRecord, StalenessSteps, read_json
+from lasgd.training.run_folder import LinkEmulation, read_json
 from lasgd.training.settings import Settings
-from lasgd.training.setup import budget, make_model, make_optimizer, pick_device, wait_attached
+from lasgd.training.setup import budget, make_model, make_optimizer, pick_device, seed_of_rank, wait_attached
 from lasgd.training.timeline import Timeline
 from lasgd.training.writer import BackgroundWriter
 
@@ -87,7 +87,7 @@ class _Run:
         )
         self.rank = self.averaging.rank
         self.notes = Notes(say=None if display else self._print_note)
-        torch.manual_seed(settings.seed * 1_000_003 + self.rank)  # dropout and the like differ between ranks
+        torch.manual_seed(seed_of_rank(settings, self.rank))
         self.means = SavedMeans(out)
         self.before = Progress()
         if resume is not None:
@@ -213,16 +213,9 @@ class _Run:
         print(f"rank {self.rank}: {note}", flush=True)  # under `--ranks N` into the rank's own log
 
     def _report(self) -> RankReport:
-        averaging, tally = self.averaging, self.averaging.tally
-        record = RankRecord(
-            rank=self.rank,
-            local_steps=tally.local_steps,
-            samples=tally.samples,
-            rounds=averaging.pace.round,
-            compute_s=self.compute_s,
-            waited_s=tally.waited_s,
-            staleness_steps=StalenessSteps(mean=tally.staleness.mean_steps, max=float(tally.staleness.max_steps)),
-            bytes_sent=averaging.group.bytes_sent,
+        averaging = self.averaging
+        record = rank_record(
+            self.rank, averaging.tally, averaging.pace.round, self.compute_s, averaging.group.bytes_sent
         )
         return RankReport(
             record=record,

@@ -7,7 +7,6 @@ last, so that a folder with a `finished` run.json is complete.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from torch import nn
 from lasgd.errors import LasgdError
 from lasgd.group.base import Group
 from lasgd.lab.conditions import Condition
+from lasgd.lab.cores import usable_cores
 from lasgd.layout import Layout
 from lasgd.pace import Pace
+from lasgd.tally import Tally
 from lasgd.training.data import ImageData
 from lasgd.training.display import Display
 from lasgd.training.evaluation import SavedMeans, evaluate
@@ -34,6 +35,7 @@ from lasgd.training.run_folder import (
     LinkEmulation,
     RankRecord,
     RunRecord,
+    StalenessSteps,
     append_metrics,
     environment,
     replacing,
@@ -53,6 +55,20 @@ class RankReport(BaseModel):
     """Padded steps that outlasted their padding."""
     skipped_images: list[str]
     notes: list[str]
+
+
+def rank_record(rank: int, tally: Tally, rounds: int, compute_s: float, bytes_sent: int) -> RankRecord:
+    """What one rank did, by its own counts."""
+    return RankRecord(
+        rank=rank,
+        local_steps=tally.local_steps,
+        samples=tally.samples,
+        rounds=rounds,
+        compute_s=compute_s,
+        waited_s=tally.waited_s,
+        staleness_steps=StalenessSteps(mean=tally.staleness.mean_steps, max=float(tally.staleness.max_steps)),
+        bytes_sent=bytes_sent,
+    )
 
 
 def wait_reports(group: Group, own: RankReport, timeout_s: float) -> list[RankReport]:
@@ -168,7 +184,7 @@ class Results:
 
         The final one comes first, so that it is there if the user loses patience with the others.
         """
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+        torch.set_num_threads(usable_cores())
         total = len(self.means) + 1
         self._say(f"1 of {total}")
         assert self.data is not None and self.layout is not None

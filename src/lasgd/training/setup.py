@@ -59,6 +59,11 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     )
 
 
+def seed_of_rank(settings: Settings, rank: int) -> int:
+    """Of torch's generator when a rank begins: dropout and the like differ between ranks."""
+    return settings.seed * 1_000_003 + rank
+
+
 def budget(settings: Settings, data: ImageData, world_size: int) -> int:
     """Samples of all ranks together: --samples, or --epochs times the training images.
 

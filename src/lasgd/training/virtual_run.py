@@ -7,7 +7,6 @@ to results.py, as real ranks do.
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lasgd.errors import DivergenceError, LasgdError
 from lasgd.lab import conditions
+from lasgd.lab.cores import usable_cores
 from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.lab.simulation import Simulated, cluster_of, outcome
 from lasgd.layout import Layout
@@ -34,11 +34,11 @@ from lasgd.training.display import Display, Snapshot, print_summary
 from lasgd.training.evaluation import SavedMeans
 from lasgd.training.interrupt import asking_to_stop
 from lasgd.training.loop import Notes
-from lasgd.training.results import RankReport, Results
+from lasgd.training.results import RankReport, Results, rank_record
 from lasgd.training.resume import Progress
-from lasgd.training.run_folder import RankRecord, StalenessSteps, write_json_atomically, write_unfinished
+from lasgd.training.run_folder import write_json_atomically, write_unfinished
 from lasgd.training.settings import SimulationSettings
-from lasgd.training.setup import make_model, make_optimizer, pick_device
+from lasgd.training.setup import make_model, make_optimizer, pick_device, seed_of_rank
 from lasgd.training.timeline import Timeline
 from lasgd.training.virtual_data import SharedBatches
 from lasgd.training.virtual_setup import (
@@ -80,7 +80,7 @@ class RecipeWork:
         self._device = next(model.parameters()).device
         self._pool = pool
         self._computing: Future[Tensor] | None = None
-        self._randomness = _randomness_of(settings, rank)
+        self._randomness = torch.Generator().manual_seed(seed_of_rank(settings, rank)).get_state()
 
     def begin(self) -> None:
         """Lets the pool compute the next gradient, if there is one."""
@@ -124,18 +124,6 @@ def may_compute_ahead(model: nn.Module, data: ImageData) -> bool:
     return not draws
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _randomness_of(settings: SimulationSettings, rank: int) -> Tensor:
-    """What a real rank's generator is at its first step: dropout and the like differ between ranks."""
-    generator = torch.Generator()
-    generator.manual_seed(settings.seed * 1_000_003 + rank)
-    return generator.get_state()
-
-
 class SimulatedRun:
     """One run. Raises LasgdError; ConfigurationError before anything large is allocated."""
 
@@ -174,8 +162,8 @@ class SimulatedRun:
             self._start_with_gradients()
 
     def _start_without_gradients(self) -> None:
-        fragments = 1 if self.plan.cut == "auto" else self.plan.cut
-        replicas = [TimingReplica(self.vector, Tally(self.plan.batch_size), fragments) for _ in range(self.ranks)]
+        first_cut, size = self.plan.first_cut, self.plan.batch_size
+        replicas = [TimingReplica(self.vector, Tally(size), first_cut) for _ in range(self.ranks)]
         self.cluster, self.paces = cluster_of(self.plan, replicas, None, self._record, len(self.timelines))
 
     def _start_with_gradients(self) -> None:
@@ -196,9 +184,9 @@ class SimulatedRun:
             RecipeWork(rank, settings, model, self._batches, self.notes, self._pool)
             for rank, model in enumerate(models)
         ]
-        fragments = 1 if self.plan.cut == "auto" else self.plan.cut
         replicas = [
-            Replica(model, Tally(settings.batch_size), fragments, merge_rule(settings.merge)) for model in models
+            Replica(model, Tally(settings.batch_size), self.plan.first_cut, merge_rule(settings.merge))
+            for model in models
         ]
         for replica, work in zip(replicas, self._works, strict=True):
             replica.on_recovery = work.optimizer.state.clear
@@ -280,17 +268,8 @@ class SimulatedRun:
     def _reports(self) -> list[RankReport]:
         reports = []
         for index, rank in enumerate(self.cluster.ranks):
-            tally, pace = rank.tally, self.paces[index % len(self.paces)]
-            record = RankRecord(
-                rank=index,
-                local_steps=tally.local_steps,
-                samples=tally.samples,
-                rounds=pace.round,
-                compute_s=rank.compute_s,
-                waited_s=tally.waited_s,
-                staleness_steps=StalenessSteps(mean=tally.staleness.mean_steps, max=float(tally.staleness.max_steps)),
-                bytes_sent=rank.bytes_sent,
-            )
+            pace = self.paces[index % len(self.paces)]
+            record = rank_record(index, rank.tally, pace.round, rank.compute_s, rank.bytes_sent)
             notes = self.notes.troubles if index == 0 else []
             skipped = list(self.notes.skipped_images) if index == 0 else []
             reports.append(RankReport(record=record, padded_steps=0, overruns=0, skipped_images=skipped, notes=notes))

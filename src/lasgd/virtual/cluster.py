@@ -118,6 +118,7 @@ class _Process:
         "send",
         "since_s",
         "tally",
+        "work",
     )
 
     def __init__(
@@ -134,6 +135,7 @@ class _Process:
         self.record = record
         self.index, self.rank, self.pace, self.is_compute = index, rank, pace, is_compute
         self.send, self.next_duration, self.tally = text.send, rank.durations.__next__, rank.tally
+        self.work = rank.work
         self.duration_s = 0.0  # of the step under way or just done
         self.since_s: float | None = None  # when it went on after waiting within the present step
         self.first_gradient: tuple[_Process, float] | None = None  # who waits for it, and how long after it
@@ -189,7 +191,6 @@ class Cluster:
         self._paces, self._all_reduce_s, self._vector_bytes = paces, all_reduce_s, vector_bytes
         self._record, self._means, self._buckets = record, means, buckets
         self._recorded_ranks = len(ranks) if recorded_ranks is None else recorded_ranks
-        self._has_work = any(rank.work is not None for rank in ranks)
         self._processes: list[_Process] = []  # of compute, by rank
         self._joining: list[_Process | None] = [None] * len(ranks)  # by rank
         self._n_joined = 0
@@ -206,7 +207,7 @@ class Cluster:
 
     def run(self) -> None:
         """Until every rank has ended, or `stop`. Raises ProtocolError where ranks wait for each other for ever."""
-        with _collecting_nothing(not self._has_work):
+        with _collecting_nothing(all(rank.work is None for rank in self.ranks)):
             self._begin()
             self.clock.run()
         if self.clock.is_stopped:
@@ -215,10 +216,9 @@ class Cluster:
         waiting = [process.index for process in self._processes if process.first_gradient is not None]
         if self._n_joined or waiting:
             raise ProtocolError(self._deadlock(waiting))
-        self._processes.clear()  # they know this cluster, and a cycle would keep all ranks until somebody looks for it
+        self._forget_processes()
         for rank in self.ranks:
             rank.replica.show_average()  # where the text has left one to be shown
-            rank.bytes_sent += self._bytes_sent
 
     def stop(self) -> None:
         """Ends `run` at the present moment, without a last exact average. A signal handler may call it.
@@ -233,7 +233,13 @@ class Cluster:
         for process in self._processes:
             if process.rank.left_s is None:
                 self._close(process)
-            process.rank.bytes_sent += self._bytes_sent
+        self._forget_processes()
+
+    def _forget_processes(self) -> None:
+        """They know this cluster, and a cycle would keep all ranks until somebody looks for it."""
+        self._processes.clear()
+        for rank in self.ranks:
+            rank.bytes_sent += self._bytes_sent
 
     def _begin(self) -> None:
         for rank in self.ranks:
@@ -255,8 +261,8 @@ class Cluster:
 
     def _gradient_is_there(self, process: _Process) -> None:
         """The end of a gradient's duration."""
-        if self._has_work:
-            process.rank.work.gradient()  # type: ignore[union-attr]
+        if process.work is not None:
+            process.work.gradient()
         if process.first_gradient is not None:
             waiting, after_s = process.first_gradient
             process.first_gradient = None
@@ -278,8 +284,8 @@ class Cluster:
             if process.pace.end is not None:
                 self._close(process)
                 return
-            if self._has_work:
-                process.rank.work.begin()  # type: ignore[union-attr]  # all ranks have work, or none
+            if process.work is not None:
+                process.work.begin()
             process.duration_s = duration_s = process.next_duration()
             self.clock.at(self.clock.now_s + duration_s, process)
         elif isinstance(request, NextRound):
@@ -291,8 +297,8 @@ class Cluster:
 
     def _update(self, process: _Process) -> None:
         now_s, tally = self.clock.now_s, process.tally
-        if self._has_work:
-            process.rank.work.update(process.pace.progress)  # type: ignore[union-attr]
+        if process.work is not None:
+            process.work.update(process.pace.progress)
         if process.record is not None:
             if process.since_s is None:
                 process.record(process.index, "compute", tally.boundary_s, now_s)
