@@ -381,7 +381,7 @@ class Replica:
             self.fences.corrected()
 
     def _is_finite(self, values: Tensor) -> bool:
-        # Both are NaN where anything is; twenty times as quick as the largest absolute value, and allocates nothing.
+        # Both are NaN where anything is; far quicker than the largest absolute value, and allocates nothing.
         torch.aminmax(values, out=self._extremes)
         return all(math.isfinite(extreme.item()) for extreme in self._extremes)
 

@@ -5,21 +5,10 @@ from lasgd.errors import PeerError
 from lasgd.group.base import Group
 from lasgd.group.cost import broadcast_s, ring_all_reduce_s
 from lasgd.group.padded import PaddedGroup
+from virtual_clock import VirtualClock
 
 TIMEOUT_S = 60.0
 HEADER = torch.zeros(4, 6, dtype=torch.float64)  # 192 bytes
-
-
-class VirtualClock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now_s += seconds
 
 
 class FakeGroup:

@@ -9,26 +9,15 @@ from lasgd.errors import PeerError
 from lasgd.group.cost import ring_all_reduce_s
 from lasgd.group.padded import PaddedGroup
 from lasgd.group.scripted import Network
+from virtual_clock import VirtualClock
 
 RING_S = ring_all_reduce_s(4000, 4, 0.01, 1000.0)  # of 1000 float32
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now_s += seconds
 
 
 class FakeLane:
     """All members have joined a collective when the clock shows `joins_s` of it; nothing else takes time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
         self.joins_s: list[float] = []
         self.begun: list[tuple[int, bool]] = []
@@ -50,7 +39,7 @@ class FakeGroup:
 
     rank, members, epoch, bytes_sent, world_size = 1, (0, 1, 2, 3), 0, 0, 4
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: VirtualClock) -> None:
         self.clock, self.lane = clock, FakeLane(clock)
 
     def wait_all_reduce(self, header, vector, timeout_s):
@@ -67,7 +56,7 @@ class FakeGroup:
 
 
 def opened(**emulation):
-    clock = Clock()
+    clock = VirtualClock()
     inner = FakeGroup(clock)
     group = PaddedGroup(inner, vector_bytes=4000, clock=clock, sleep=clock.sleep, **emulation)  # pyright: ignore
     return group, group.wait_lane(9.0), inner.lane, clock

@@ -14,23 +14,12 @@ from lasgd.lab.padding import StepPadding
 from lasgd.lab.virtual_conditions import from_condition
 from lasgd.virtual.compute_models import Constant
 from lasgd.virtual.network_models import Network
-
-
-class Clock:
-    """Stands still but for sleeps."""
-
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
+from virtual_clock import VirtualClock
 
 
 def padded(text, rank, *, compute_s, seed=5, world_size=4, steps=300):
     """The length of each step of a rank of a real run, forward and backward of which take `compute_s`."""
-    clock = Clock()
+    clock = VirtualClock()
     padding = StepPadding(parse(text), rank, world_size, seed, clock=clock, sleep=clock.sleep)
     lengths = []
     for _ in range(steps):

@@ -247,7 +247,8 @@ def _estimated(
 def _estimate(network: Network, source: str) -> str:
     assert isinstance(network.up_bytes_per_s, float) and isinstance(network.latency_s, float)
     latency = f" and {_seconds(network.latency_s)} latency" if network.latency_s else ""
-    return f"an estimate, {network.up_bytes_per_s * 8 / 1e6:,.3g} Mbit/s{latency}, from {source}"
+    mbit_per_s = float(f"{network.up_bytes_per_s * 8 / 1e6:.3g}")
+    return f"an estimate, {mbit_per_s:,g} Mbit/s{latency}, from {source}"
 
 
 def _round_times(events: Sequence[dict[str, Any]], world_size: int) -> list[float]:

@@ -337,8 +337,7 @@ def _fill_links(namespace: str) -> None:
     """Lets TCP find its rate by filling the link's queue, where the system allows to choose.
 
     BBR, the default of some systems, paces by what it has measured, and in a ring, where every link waits for another,
-    that is less and less: 1.57 MB over four links of 20 mbit/s took 1.02 to 1.22 s with it, and 1.01 to 1.02 s with
-    reno.
+    that is less than the link could carry: all-reduces took longer with it, and each another time.
     """
     with contextlib.suppress(ConfigurationError):
         choose = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"

@@ -60,7 +60,7 @@ _NOTHING = torch.empty(0)
 def _is_finite(tensors: list[Tensor]) -> bool:
     """Neither NaN nor Inf, within one pass over the memory: plain DDP does not ask, and must not win by that."""
     if all(tensor.is_cuda for tensor in tensors):
-        extremes = torch._foreach_norm(tensors, math.inf)  # few kernels; on a CPU it takes as long as 25 passes
+        extremes = torch._foreach_norm(tensors, math.inf)  # few kernels; on a CPU it is slow
     else:
         extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]  # NaN where anything is
     return bool(torch.stack([extreme.double() for extreme in extremes]).isfinite().all())

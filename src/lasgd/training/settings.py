@@ -123,7 +123,10 @@ OWN_TO_A_RANK = frozenset({"ranks", "workers", "timeout_s", "start_timeout_s", "
 
 
 def default_out(settings: Settings, stamp: str) -> Path:
-    """The run folder where none is given: runs/<data>-<model>-<algorithm>-<stamp>."""
+    """The run folder where none is given: runs/<data>-<model>-<algorithm>-<stamp>, `-virtual` before the stamp of a
+    simulation, without data and model where it has none."""
     data = Path(settings.data).name.split(".")[0]
-    virtual = "-virtual" if isinstance(settings, SimulationSettings) else ""
-    return Path("runs") / f"{data}-{settings.model.split(':')[-1]}-{settings.algorithm}{virtual}-{stamp}"
+    what = f"{data}-{settings.model.split(':')[-1]}-{settings.algorithm}"
+    if isinstance(settings, SimulationSettings):
+        what = f"{settings.algorithm}-virtual" if settings.model_bytes is not None else f"{what}-virtual"
+    return Path("runs") / f"{what}-{stamp}"

@@ -136,8 +136,8 @@ class SimulatedRun:
         self.notes = Notes()
         self.data: ImageData | None = None
         self.model: nn.Module | None = None
-        display.status("opening data and model")
         if settings.model_bytes is None:
+            display.status("opening data and model")
             self.data = open_data(settings.data, settings.image_size)
             self.model = make_model(settings, self.data).to(self.device)
             layout = Layout(self.model)

@@ -31,7 +31,7 @@ from lasgd.virtual.timing_replica import Vector
 
 DEFAULT_STEP_S = 0.1
 BYTES_A_RANK = 20_000
-"""Memory of a rank that computes nothing, about."""
+"""Memory of a rank that computes nothing, at most: benchmarks/scale.py finds less."""
 
 _READ = Reader("--model-bytes")
 
