@@ -103,6 +103,8 @@ class Pace:
         self.samples = 0
         self.due_s = 0.0
         """The next round begins no earlier than this many seconds after the latest one has ended."""
+        self.pause_s = IDLE_S
+        """Seconds from the begin of a round to the next, if it is over by then."""
         self.end: End | None = None
         self.checkpoint = 0
         """Number of the newest checkpoint that is to be cut; 0: none yet."""
@@ -188,7 +190,8 @@ class Pace:
         # The least, because the rank that joined last waited for nobody: its time is the round's own.
         round_s = float(_known(table[:, Column.ROUND_S]).min(initial=math.inf))
         round_s = 0.0 if round_s == math.inf else round_s
-        self.due_s = max(0.0, self._pause_s(table, step_s) - round_s) if step_s else IDLE_S
+        self.pause_s = self._pause_s(table, step_s) if step_s else IDLE_S
+        self.due_s = max(0.0, self.pause_s - round_s) if step_s else IDLE_S
         if self._delay and step_s and round_s:
             parts = int(table[:, Column.PARTS].max())  # the same on all that know it
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)

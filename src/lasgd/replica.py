@@ -185,6 +185,10 @@ class Replica:
                 self.fences.corrected()
             self.fences.wait_copied()
 
+    def presence(self) -> Contribution:
+        """Nothing but this rank's weight: 0 while it sits out with NaN or Inf. For rounds of the header alone."""
+        return Contribution(self._buffer[:0], weight=float(not self._to_adopt))
+
     @torch.no_grad()
     def gradient(self) -> Contribution:
         """All gradients and, behind them, the buffers, a copy, (D,); a missing gradient counts as zeros.
@@ -282,6 +286,15 @@ class Replica:
             recovered, self._is_recovering = self._is_recovering, False
         if recovered:
             self.on_recovery()
+
+    @torch.no_grad()
+    def parameters(self) -> Tensor:
+        """x as it is now, a new vector (D,) on the CPU, for evaluation. By the thread that trains."""
+        flat = torch.empty(self.layout.size, dtype=self.layout.dtype)
+        for entry in self.layout.entries:
+            tensor = entry.tensor()
+            flat[entry.begin : entry.end].view(tensor.shape).copy_(tensor)
+        return flat
 
     def _show(self, index: int) -> None:
         window, holding = self._windows[index], self._holding[index]

@@ -16,9 +16,12 @@ class Staleness:
     merges: int = 0
     total_steps: int = 0
     max_steps: int = 0
+    histogram: dict[int, int] = field(default_factory=dict)
+    """Staleness -> merges."""
 
     def add(self, steps: int) -> None:
         """Counts one merge of one fragment."""
+        self.histogram[steps] = self.histogram.get(steps, 0) + 1
         self.merges += 1
         self.total_steps += steps
         self.max_steps = max(self.max_steps, steps)
@@ -34,11 +37,15 @@ class Tally:
     """One rank's counters. Plain numbers: another thread reads either the old or the new one."""
 
     batch_size: int
+    rank: int = 0
+    """Whose counts these are."""
     local_steps: int = 0
     samples: int = 0
     waited_s: float = 0.0
     """Seconds in which the training thread stood still for the network, a lock or another rank."""
     staleness: Staleness = field(default_factory=Staleness)
+    exchanges: int = 0
+    """Times that the replica has taken in messages of other ranks."""
     has_left: bool = False
     """The rank takes no more local steps; its replica goes on answering as it is."""
     wants_stop: bool = False

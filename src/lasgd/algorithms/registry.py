@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any
 
-from lasgd.algorithms import independent, lasgd, local_sgd, sync_sgd
+from lasgd.algorithms import (
+    ad_psgd,
+    agreement,
+    cocod_sgd,
+    d_psgd,
+    diloco,
+    easgd,
+    independent,
+    lasgd,
+    local_sgd,
+    osgp,
+    overlap_local_sgd,
+    parameter_server,
+    post_local_sgd,
+    sgp,
+    sync_sgd,
+)
 from lasgd.algorithms.requests import Answer, Request
-from lasgd.errors import unknown
-from lasgd.pace import Pace
-from lasgd.replica import Replica
+from lasgd.errors import ConfigurationError, unknown
 
-Part = Callable[[Replica, Pace], Generator[Request, Answer, None]]
+Part = Callable[..., Generator[Request, Answer, None]]
+"""(replica, pace) -> generator; in an algorithm with settings of its own, once they are bound."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One or two activities of a rank, and what they promise.
+    """The activities of a rank, and what they promise.
 
-    Two never wait for each other. An algorithm without `communicate` asks within `compute`, and waits.
+    They never wait for each other. What `compute` asks for beside its local steps makes the rank wait.
     """
 
     name: str
     compute: Part
     communicate: Part | None
+    exchange: Part | None = None
+    """What a rank does with messages of other ranks beside its local steps."""
+    settings: Any = None
+    """The algorithm's own, a frozen dataclass of its module; None where it has none."""
     agrees: bool = True
     """The ranks agree on progress and the end, through the header; else each goes by itself."""
     ends_identical: bool = True
@@ -32,17 +53,53 @@ class Algorithm:
     """The vector may be cut; else it is averaged whole."""
     lets_ranks_leave: bool = True
     """A rank may take fewer local steps than the others and still end with them."""
+    goes_on_without_steps: bool = True
+    """A rank that takes no more local steps must go on with `compute`, for others wait for it; else it may rest."""
     averages_gradients: bool = False
     """Every local step waits for the mean of all gradients, which a driver may also form during the backward pass."""
+    writes_messages: bool = False
+    """Ranks write to each other; all-reduces carry the header, and the exact average at the end."""
+
+
+def _gossip(module: Any, *, exchanges: bool, goes_on_without_steps: bool) -> Algorithm:
+    """An algorithm whose ranks write to each other; `exchanges`: in the background, too."""
+    return Algorithm(
+        module.__name__.rpartition(".")[2],
+        module.compute,
+        agreement.communicate,
+        module.exchange if exchanges else None,
+        module.Settings(),
+        goes_on_without_steps=goes_on_without_steps,
+        writes_messages=True,
+    )
 
 
 _ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True),
+        Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True, goes_on_without_steps=False),
         Algorithm("local_sgd", local_sgd.compute, None),
         Algorithm("sync_sgd", sync_sgd.compute, None, lets_ranks_leave=False, averages_gradients=True),
-        Algorithm("independent", independent.compute, independent.communicate, agrees=False, ends_identical=False),
+        Algorithm(
+            "post_local_sgd", post_local_sgd.compute, None, settings=post_local_sgd.Settings(), lets_ranks_leave=False
+        ),
+        Algorithm("diloco", diloco.compute, None, settings=diloco.Settings()),
+        Algorithm("overlap_local_sgd", overlap_local_sgd.compute, None, settings=overlap_local_sgd.Settings()),
+        Algorithm("cocod_sgd", cocod_sgd.compute, None),
+        _gossip(d_psgd, exchanges=False, goes_on_without_steps=True),
+        _gossip(sgp, exchanges=False, goes_on_without_steps=True),
+        _gossip(osgp, exchanges=True, goes_on_without_steps=False),
+        _gossip(ad_psgd, exchanges=True, goes_on_without_steps=False),
+        _gossip(parameter_server, exchanges=True, goes_on_without_steps=False),
+        _gossip(easgd, exchanges=True, goes_on_without_steps=False),
+        Algorithm(
+            "independent",
+            independent.compute,
+            independent.communicate,
+            agrees=False,
+            ends_identical=False,
+            goes_on_without_steps=False,
+        ),
     )
 }
 
@@ -52,8 +109,38 @@ def names() -> tuple[str, ...]:
     return tuple(_ALGORITHMS)
 
 
-def find(name: str) -> Algorithm:
-    """Raises ConfigurationError with the nearest known name."""
+def find(name: str, settings: Mapping[str, Any] | None = None) -> Algorithm:
+    """The algorithm `name` with `settings` of its own in place of its defaults.
+
+    Raises ConfigurationError with the nearest known name, and for settings that it does not have.
+    """
     if not isinstance(name, str) or name not in _ALGORITHMS:
         raise unknown("algorithm", name, _ALGORITHMS)
-    return _ALGORITHMS[name]
+    algorithm, given = _ALGORITHMS[name], dict(settings or {})
+    known = settings_of(name)
+    for setting in given:
+        if setting not in known:
+            takers = [other for other in _ALGORITHMS if setting in settings_of(other)]
+            if not takers:
+                raise unknown(f"setting of {name}", setting, all_settings())
+            raise ConfigurationError(f"{setting} is no setting of {name}, but of {', '.join(takers)}; leave it out")
+    if algorithm.settings is None:
+        return algorithm
+    own = replace(algorithm.settings, **given)
+    return replace(
+        algorithm,
+        compute=partial(algorithm.compute, settings=own),
+        exchange=None if algorithm.exchange is None else partial(algorithm.exchange, settings=own),
+        settings=own,
+    )
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The algorithm's own settings with their defaults."""
+    settings: Any = _ALGORITHMS[name].settings
+    return {} if settings is None else asdict(settings)
+
+
+def all_settings() -> tuple[str, ...]:
+    """Every setting that some algorithm has."""
+    return tuple(dict.fromkeys(f.name for a in _ALGORITHMS.values() if a.settings for f in fields(a.settings)))

@@ -4,12 +4,14 @@ An algorithm is one or two generators, `compute` and `communicate`. Each yields 
 the answer named beside it; a driver (real ranks, virtual time, a test's script) carries the request out. Failures are
 answers too: nothing is thrown into an algorithm.
 
-What `compute` asks for beside Gradient and Update makes the rank wait.
+What `compute` asks for beside Gradient, Update, Begin and Send makes the rank wait. Algorithms whose ranks write to
+each other may have a third generator, `exchange`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
@@ -52,12 +54,80 @@ class AllReduceMean:
     """Full precision whatever the wire format; used for the agreed end."""
 
 
+@dataclass(slots=True)
+class Begin:
+    """Sends an AllReduceMean on its way and goes on meanwhile; one at a time. Answer: None."""
+
+    request: AllReduceMean
+
+
+@dataclass(frozen=True)
+class Join:
+    """Waits for the end of what Begin has sent on its way. Answer: Mean or Failure."""
+
+
 @dataclass(frozen=True)
 class Mean:
-    """The answer to AllReduceMean: the mean, and what all ranks now know of each other."""
+    """The answer to AllReduceMean and Join: the mean, and what all ranks now know of each other.
+
+    Algorithms whose ranks write to each other make their own, of a few ranks' values and without a header.
+    """
 
     values: Tensor | None  # (d,) flat, owned by the driver, valid until the next request; None where all weights were 0
-    header: Tensor  # (world_size, columns) float64, every row filled
+    header: Tensor | None = None  # (world_size, columns) float64, every row filled
+
+
+class Box(IntEnum):
+    """Which of a rank's activities a message is for."""
+
+    COMPUTE = 0
+    EXCHANGE = 1
+
+
+@dataclass(slots=True)
+class Send:
+    """Hands a message over for `peer`, which may be the own rank. Answer: None, at once; `values` may change then.
+
+    Messages from one activity to another arrive in their order. Nobody waits for their arrival.
+    """
+
+    peer: int
+    to: Box
+    values: Tensor | None = None  # (d,) flat, copied by the driver
+    weight: float = 1.0
+    note: int = 0  # what else there is to say, the algorithm's own
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Waits for the next message from `peer`; None: from anybody, in the order of arrival. Answer: Message or Stop."""
+
+    peer: int | None = None
+    until_end: bool = False
+    """Do not wait any more once the end is agreed: then the answer is Stop, unless a message is there."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """The answer to Receive."""
+
+    source: int
+    values: Tensor | None  # (d,) flat, owned by who asked
+    weight: float
+    note: int
+
+
+@dataclass(slots=True)
+class NextExchange:
+    """Waits until the next exchange is due. Answer: None, or Stop once the end is agreed."""
+
+    not_before_s: float
+    """Seconds after the latest exchange was due; the first one is with the rank's first gradient."""
+
+
+@dataclass(frozen=True)
+class ExchangeEnded:
+    """Waits until this rank's `exchange` has come to its end. Answer: None."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +139,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Stop:
-    """The answer to NextRound when this rank is being closed by force: leave the generator."""
+    """The answer where nothing more will come: this rank is being closed by force, or the end is agreed. Leave."""
 
 
-Request = Gradient | Update | NextRound | AllReduceMean
-Answer = Any  # None, Mean, Failure or Stop, as each request says
+Request = Gradient | Update | NextRound | AllReduceMean | Begin | Join | Send | Receive | NextExchange | ExchangeEnded
+Answer = Any  # None, Mean, Failure, Message or Stop, as each request says
