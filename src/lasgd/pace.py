@@ -152,6 +152,7 @@ class Pace:
         if isinstance(outcome, Failure) or outcome is self._agreed_on:
             return
         self._agreed_on = outcome
+        assert outcome.header is not None
         table = outcome.header.numpy()
         self.round += 1
         self.samples = int(table[:, Column.SAMPLES].sum())

@@ -349,6 +349,11 @@ class Replica:
             self.fences.merged()
 
     @property
+    def is_frozen(self) -> bool:
+        """The last exact average is being taken or has been: x will be replaced by it."""
+        return self._is_frozen
+
+    @property
     def is_sitting_out(self) -> bool:
         """This rank holds NaN or Inf and takes the others' mean, one cycle of fragments long."""
         return bool(self._to_adopt)

@@ -14,13 +14,13 @@ ago. Differences with the paper: the optimizer may be any; the agreed end, and a
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from lasgd.algorithms import topology
 from lasgd.algorithms.ending import last_exact_average
 from lasgd.algorithms.mixing import WeightedMean
-from lasgd.algorithms.requests import Answer, Box, Gradient, Receive, Request, Send, Stop, Update
+from lasgd.algorithms.requests import Answer, Box, Contribution, Gradient, Receive, Request, Send, Stop, Update
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
 
@@ -49,10 +49,8 @@ def mixing_steps(replica: Replica, pace: Pace, settings: Settings) -> Generator[
     neighbours = [j for j in weights if j != rank]
     (whole,) = replica.fragments
     yield Gradient()  # from here on nobody but this algorithm changes the replica
-    sent = replica.snapshot(whole)
+    sent = yield from _sent(replica, neighbours)
     while True:
-        for peer in neighbours:
-            yield Send(peer, Box.COMPUTE, sent.values, sent.weight)
         for _ in range(pace.local_steps_between_rounds - 1):
             yield Update()
             yield Gradient()
@@ -68,5 +66,13 @@ def mixing_steps(replica: Replica, pace: Pace, settings: Settings) -> Generator[
         yield Update()
         if pace.end is not None:
             return
-        sent = replica.snapshot(whole)
+        sent = yield from _sent(replica, neighbours)
         yield Gradient()
+
+
+def _sent(replica: Replica, neighbours: Sequence[int]) -> Generator[Request, Answer, Contribution]:
+    (whole,) = replica.fragments
+    sent = replica.snapshot(whole)
+    for peer in neighbours:
+        yield Send(peer, Box.COMPUTE, sent.values, sent.weight)
+    return sent

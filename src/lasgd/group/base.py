@@ -6,6 +6,7 @@ the same order) and ends within `timeout_s`, with a PeerError that names whom it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
@@ -117,4 +118,46 @@ class GroupWithLane(Group, Protocol):
 
     def wait_lane(self, timeout_s: float) -> Lane:
         """Opens the lane: once, before the first local step, on all members. Leaving the group closes it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message from one rank to another."""
+
+    source: int
+    values: Tensor | None  # (d,) on the CPU, owned by the receiver
+    weight: float
+    note: int
+    due_s: float = 0.0
+    """time.time() before which it has not come through the sender's emulated link; 0: no link is emulated."""
+
+
+class Mail(Protocol):
+    """Letters between ranks, into numbered boxes. A box is read by one thread; any thread sends."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has sent to others."""
+        ...
+
+    def send(self, peer: int, box: int, values: Tensor | None, weight: float, note: int, due_s: float = 0.0) -> None:
+        """Copies what is to be sent and returns at once. Letters of one sender to one box arrive in their order."""
+        ...
+
+    def wait_receive(self, box: int, peer: int | None, timeout_s: float) -> Letter | None:
+        """The next letter in the own `box` from `peer`, or from anybody; None if there is none within the time."""
+        ...
+
+    def leave(self) -> None:
+        """Gives all up, letters that have not arrived too; twice is harmless. By a thread that reads no box now."""
+        ...
+
+
+@runtime_checkable
+class GroupWithMail(Group, Protocol):
+    """A group whose ranks can write to each other."""
+
+    def wait_mail(self, timeout_s: float) -> Mail:
+        """Opens the boxes: once, before the first local step, on all members. Leaving the group leaves the mail."""
         ...

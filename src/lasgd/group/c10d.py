@@ -21,6 +21,7 @@ from lasgd.group.cost import ring_bytes_sent
 from lasgd.group.gloo import LOOK_S, GlooConnections, first_line, megabytes
 from lasgd.group.lane import GlooLane
 from lasgd.group.notices import ANSWER_S, Notices, ranks_in_words, wait_answer
+from lasgd.group.zmq_mail import ZmqMail, own_address
 
 _connections = 0  # attaches of this process: the same count on every rank, as attaches happen in the same order
 
@@ -262,6 +263,14 @@ class C10dGroup:
         connections = self._wait_connected(store, timeout_s)
         self._lane = GlooLane(connections, store, self.rank, self.world_size, timeout_s, self._notices)
         return self._lane
+
+    def wait_mail(self, timeout_s: float) -> ZmqMail:
+        """See GroupWithMail."""
+        if self.world_size == 1:
+            address = "127.0.0.1"
+        else:
+            address = own_address(os.environ.get("MASTER_ADDR", ""), os.environ.get("GLOO_SOCKET_IFNAME"))
+        return ZmqMail(self.rank, self.world_size, address, lambda own: self.wait_exchange("mail", own, timeout_s))
 
     @property
     def bytes_sent(self) -> int:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import PeerError
-from lasgd.group.base import Group, GroupWithLane, Lane
+from lasgd.group.base import Group, GroupWithLane, GroupWithMail, Lane
 from lasgd.group.cost import broadcast_s, ring_all_reduce_s
+from lasgd.group.padded_mail import PaddedMail
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,18 @@ class EmulatedLink:
             n_bytes = header_bytes + part_bytes
             link_s = ring_all_reduce_s(n_bytes, members, self.latency_s, self.bandwidth_bytes_per_s)
             seconds = max(seconds, link_s)
+        return seconds
+
+    def message_s(self, n_bytes: int, members: int) -> float:
+        """Seconds for which one message of `n_bytes` has a link to itself, the latency apart.
+
+        Where the links are only known by how long an all-reduce takes, as long as on links where a ring would.
+        """
+        seconds = 0.0
+        if self.round_s is not None and members > 1:
+            seconds = self.round_s * n_bytes / self.vector_bytes * members / (2 * (members - 1))
+        if self.bandwidth_bytes_per_s is not None:
+            seconds = max(seconds, n_bytes / self.bandwidth_bytes_per_s)
         return seconds
 
     def broadcast_s(self, n_bytes: int, members: int) -> float:
@@ -155,6 +168,12 @@ class PaddedGroup:
         if not isinstance(self._group, GroupWithLane):
             raise TypeError(f"{type(self._group).__name__} has no lane")
         return PaddedLane(self._group.wait_lane(timeout_s), self._group, self._link)
+
+    def wait_mail(self, timeout_s: float) -> PaddedMail:
+        """The wrapped group's, on the same slow links."""
+        if not isinstance(self._group, GroupWithMail):
+            raise TypeError(f"{type(self._group).__name__} has no mail")
+        return PaddedMail(self._group.wait_mail(timeout_s), self.rank, len(self.members), self._link)
 
     def wait_exchange(self, topic: str, value: bytes, timeout_s: float) -> list[bytes]:
         """The wrapped group's, not padded: kilobytes at the start of a run."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lasgd.errors import PeerError
+from lasgd.group.base import Letter
 from lasgd.group.cost import ring_bytes_sent
 
 
@@ -38,6 +39,7 @@ class Network:
         self._result: Any = None
         self._error: Exception | None = None
         self._left: set[int] = set()
+        self._letters: dict[tuple[int, int], list[Letter]] = {}  # by rank and box, in the order of sending
 
     def group(self, rank: int) -> ScriptedGroup:
         """The group as `rank` sees it."""
@@ -101,6 +103,44 @@ class Network:
                 self.reasons[rank] = reason
             self._changed.notify_all()
 
+    def _send(self, peer: int, box: int, letter: Letter) -> None:
+        with self._changed:
+            self._letters.setdefault((peer, box), []).append(letter)
+            self._changed.notify_all()
+
+    def _wait_receive(self, rank: int, box: int, peer: int | None, timeout_s: float) -> Letter | None:
+        def found() -> Letter | None:
+            letters = self._letters.get((rank, box), [])
+            first = next((letter for letter in letters if peer in (None, letter.source)), None)
+            if first is not None:
+                letters.remove(first)
+            return first
+
+        with self._changed:
+            return self._changed.wait_for(found, timeout_s)
+
+
+class ScriptedMail:
+    """One rank's end of a Network's letters, which arrive at once. See Mail for the methods."""
+
+    def __init__(self, network: Network, rank: int):
+        self.bytes_sent = 0
+        self._network, self._rank = network, rank
+
+    def send(self, peer: int, box: int, values: Tensor | None, weight: float, note: int, due_s: float = 0.0) -> None:
+        """See Mail."""
+        if peer != self._rank and values is not None:
+            self.bytes_sent += values.nbytes
+        copy = None if values is None else values.clone()
+        self._network._send(peer, box, Letter(self._rank, copy, weight, note, due_s))
+
+    def wait_receive(self, box: int, peer: int | None, timeout_s: float) -> Letter | None:
+        """See Mail."""
+        return self._network._wait_receive(self._rank, box, peer, timeout_s)
+
+    def leave(self) -> None:
+        """See Mail."""
+
 
 class ScriptedGroup:
     """One rank's end of a Network. See Group for the methods."""
@@ -141,6 +181,10 @@ class ScriptedGroup:
         return list(
             self._network._wait_collective(self.rank, topic, lambda values: list(values.values()), value, timeout_s)
         )
+
+    def wait_mail(self, timeout_s: float) -> ScriptedMail:
+        """See GroupWithMail."""
+        return ScriptedMail(self._network, self.rank)
 
     def leave(self, reason: str | None = None) -> None:
         """See Group."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
-from lasgd.group.base import Group, GroupWithLane, Lane
+from lasgd.group.base import Group, GroupWithLane, GroupWithMail, Lane, Mail
 from lasgd.layout import Layout, check_no_element_twice, described, memory_key
 from lasgd.merge import rule as merge_rule
 from lasgd.pace import Pace
@@ -45,6 +46,7 @@ def attach(
     start_timeout_s: float = 120.0,
     must_match: Mapping[str, Any] | None = None,
     ddp: bool = False,
+    algorithm_settings: Mapping[str, Any] | None = None,
     group: Group | None = None,
 ) -> Averaging:
     """Averages `model` with the other ranks' in the background of an ordinary training loop.
@@ -63,16 +65,17 @@ def attach(
 
     samples          the budget of all ranks together; the run ends for all in the round that finds it reached
     batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
-    algorithm        "lasgd"; "local_sgd" and "sync_sgd", which wait; "independent": no communication, the yardstick
+    algorithm        "lasgd", or another of docs/algorithms.md; "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
     fragments        parts of the vector, one per round, for "lasgd"; "auto": as the network's delay asks, 1 to 20
-    steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s; H of "local_sgd"
+    steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s; the H of others
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
     keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one
     timeout_s        seconds without a finished round after which the silent ranks are reported
     start_timeout_s  seconds to wait for all ranks to start, and for the first round
     must_match       settings of yours that have to be equal on all ranks
     ddp              "sync_sgd" by torch's DistributedDataParallel, during the backward pass: call `averaging.model(x)`
+    algorithm_settings   the algorithm's own, in place of its defaults, such as {"outer_lr": 0.7} of "diloco"
     group            who is in; default: the ranks that torchrun's environment names
 
     The optimizers keep their own state and may be any but LBFGS. Trainable parameters and persistent floating-point
@@ -88,7 +91,7 @@ def attach(
     _check_range(1e-3, LONGEST_TIMEOUT_S, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     if fragments != "auto" and (not isinstance(fragments, int) or isinstance(fragments, bool) or fragments < 1):
         raise ConfigurationError(f"fragments should be 'auto' or a whole number from 1 on, got {fragments!r}")
-    found = registry.find(algorithm)
+    found = registry.find(algorithm, algorithm_settings)
     if ddp and not found.averages_gradients:
         raise ConfigurationError(
             f"ddp=True is for algorithms that average gradients, and {algorithm} averages replicas; leave it out"
@@ -117,13 +120,17 @@ def attach(
         "evaluations": evaluations,
         "checkpoints": checkpoints,
         "ddp": ddp,
+        "algorithm_settings": {} if found.settings is None else asdict(found.settings),
         **(must_match or {}),
     }
+    tally.rank = group.rank
+    mail = None
     try:
         wait_equal_settings(group, settings, start_timeout_s)
         wait_equal_models(group, replica.layout.describe() + _describe_others(model, replica.layout), start_timeout_s)
         wait_broadcast(group, unique_state(model).values(), start_timeout_s)
         lane = _wait_lane(group, start_timeout_s) if ddp else None
+        mail = _wait_mail(group, algorithm, start_timeout_s) if found.writes_messages else None
         return Averaging(
             model,
             optimizers,
@@ -135,8 +142,11 @@ def attach(
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
             lane=lane,
+            mail=mail,
         )
     except BaseException as error:
+        if mail is not None:
+            mail.leave()
         group.leave(f"{type(error).__name__}: {error}")
         raise
 
@@ -180,6 +190,12 @@ def _wait_lane(group: Group, timeout_s: float) -> Lane:
     if not isinstance(group, GroupWithLane):
         raise ConfigurationError(f"ddp=True needs a group with a lane (lasgd.group.base), not {type(group).__name__}")
     return group.wait_lane(timeout_s)
+
+
+def _wait_mail(group: Group, algorithm: str, timeout_s: float) -> Mail:
+    if not isinstance(group, GroupWithMail):
+        raise ConfigurationError(f"{algorithm} needs a group with mail (lasgd.group.base), not {type(group).__name__}")
+    return group.wait_mail(timeout_s)
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:

@@ -17,17 +17,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lasgd.algorithms.registry import Algorithm
-from lasgd.algorithms.requests import AllReduceMean, Failure, Gradient, Mean, Update
+from lasgd.algorithms.requests import (
+    AllReduceMean,
+    Answer,
+    Begin,
+    Box,
+    ExchangeEnded,
+    Failure,
+    Gradient,
+    Join,
+    Mean,
+    Receive,
+    Send,
+    Update,
+)
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
-from lasgd.group.base import Group, Lane
+from lasgd.group.base import Group, Lane, Mail
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
 from lasgd.runtime.broadcast import wait_broadcast
 from lasgd.runtime.communicator import Communicator, Record
+from lasgd.runtime.exchanger import Exchanger
 from lasgd.runtime.hooks import OptimizerHooks
-from lasgd.runtime.means import MeanKeeper
+from lasgd.runtime.means import KeptMean, MeanKeeper
 from lasgd.runtime.parallel import ParallelModel
 from lasgd.runtime.phase import Phase, PhaseTable
+from lasgd.runtime.postbox import LOOK_S, Postbox
 
 STATE_VERSION = 1
 
@@ -54,6 +69,7 @@ class Averaging:
         timeout_s: float,
         start_timeout_s: float,
         lane: Lane | None = None,
+        mail: Mail | None = None,
     ):
         self.pace = pace
         """What the ranks agree on. Read only."""
@@ -81,7 +97,20 @@ class Averaging:
             start_timeout_s,
             self._record,
             lane,
+            serves_after=algorithm.writes_messages,
         )
+        self._mail, self._postbox, self._exchanger = mail, None, None
+        if mail is not None:
+            self._postbox = self._opened(mail, Box.COMPUTE)
+        if mail is not None and algorithm.exchange is not None:
+            self._exchanger = Exchanger(
+                algorithm.exchange(replica, pace),
+                self._opened(mail, Box.EXCHANGE),
+                pace,
+                self._communicator,
+                self._record,
+                group.rank,
+            )
         self._parallel: ParallelModel | None = None
         if lane is not None:
             self._parallel = ParallelModel(
@@ -93,11 +122,13 @@ class Averaging:
         self._request: Any = None
         self._since_s = 0.0  # when the training thread began what it is computing now
         self._has_waited = False  # within the present local step
-        self._averages_gradients = False
+        self._is_mean = False  # the replica is the mean of all, until the next update
         self._late: AllReduceMean | None = None  # with DDP: the request that goes out after the update
         self._pid = os.getpid()
         self._is_averaged = False
         self._digests = 0
+        self._replicas_delivered = 0
+        self._deliver_replica: Callable[[KeptMean, int], None] | None = None
         self._hooks = OptimizerHooks(optimizers, self._gradient_is_there, self._step_is_done)
         replica.on_recovery = self._forget_optimizer_state
         # Whoever never closes is closed at exit: before the interpreter is torn down, for a thread that comes back
@@ -144,6 +175,8 @@ class Averaging:
         self.first_step_s = self._since_s = time.monotonic()
         self.tally.start_clock(self.first_step_s)
         self._communicator.start()
+        if self._exchanger is not None:
+            self._exchanger.start()
 
     def step_boundary(self) -> None:
         """Marks a step boundary by hand, where no hook does: a CUDA-graphed step, a hand-written update.
@@ -173,6 +206,11 @@ class Averaging:
         """Seconds in which forward and backward passes have stood still for the network; only with DDP above 0."""
         return self._parallel.waited_s if self._parallel is not None else 0.0
 
+    def on_replica(self, deliver: Callable[[KeptMean, int], None]) -> None:
+        """Calls deliver(own, number) at the step boundary after each of `evaluations` parts of the budget, on the
+        training thread: this rank's own replica then, a copy, and the evaluation's number."""
+        self._deliver_replica = deliver
+
     def on_evaluation(self, deliver: Callable[..., None]) -> None:
         """Calls deliver(KeptMean) on the communicator's thread after each of `evaluations` parts of the budget."""
         self._means.deliver_evaluations(deliver)
@@ -182,24 +220,20 @@ class Averaging:
             return  # a forked worker inherits the hooks, not the averaging
         if self._phase.now is Phase.READY:
             raise ConfigurationError("a step before the averaging has started: put the loop into `with averaging:`")
+        if self._request is None and not self.replica.is_frozen:
+            raise ConfigurationError(
+                f"rank {self.rank}: a local step after the agreed end, which {self._algorithm.name} cannot take back. "
+                "Leave the loop when averaging.finished"
+            )
         if isinstance(self._request, Gradient):
-            self._communicator.begin()
+            self._begin()
             if self._parallel is not None:
                 self._raise_failure()  # the gradients mean nothing then
                 *earlier, last = self._parallel.take_waits()  # the last is that of the backward pass
                 for begin_s, end_s in earlier:
                     self._count_wait("update", begin_s, end_s)
                 self._count_wait("compute", *last)
-            self._advance()
-        if self._request is None:
-            raise ConfigurationError(
-                f"rank {self.rank}: a local step after the agreed end, which {self._algorithm.name} cannot take back. "
-                "Leave the loop when averaging.finished"
-            )
-        if not isinstance(self._request, Update):
-            raise ProtocolError(
-                f"rank {self.rank}: the algorithm asked for {self._request!r} between gradient and update"
-            )
+            self._advance()  # to the Update, or past the end, if it is agreed meanwhile: then x will be replaced
 
     def _step_is_done(self, skipped: int) -> None:
         if os.getpid() != self._pid:
@@ -210,50 +244,99 @@ class Averaging:
         self.tally.samples -= skipped * self.tally.batch_size
         self._record("update" if self._has_waited else "compute", self._since_s, now_s)
         self._since_s, self._has_waited = now_s, False
-        self._advance()
+        if self._request is not None:
+            self._advance()
         if self._late is not None and self._request is not None:
             self._communicator.ask(self._late)  # travels while the next step computes
-        if self._averages_gradients and self._means.is_wanted(self.pace):
-            # Replicas do not differ, so each is the mean.
-            self._means.take(0, self.replica.snapshot(self.replica.fragments[0]).values, self.pace)
+        if self._deliver_replica is not None and self.pace.evaluation > self._replicas_delivered:
+            self._replicas_delivered = self.pace.evaluation
+            own = KeptMean(self.replica.parameters(), self.pace.samples, time.monotonic())
+            self._deliver_replica(own, self.pace.evaluation)
+
+    def _begin(self) -> None:
+        self._communicator.begin()
+        if self._exchanger is not None:
+            self._exchanger.begin()
 
     def _advance(self) -> None:
-        """Drives `compute` on to a Gradient or an Update; what it asks for in between makes this rank wait."""
+        """Drives `compute` on to a Gradient or an Update; what it asks for in between may make this rank wait."""
         try:
             request = self._compute.send(None)
-            while isinstance(request, AllReduceMean):
-                request = self._compute.send(self._wait_answer(request))
+            while not isinstance(request, Gradient | Update):
+                request = self._compute.send(self._answer(request))
         except StopIteration:
             request = None
             self._communicator.finish()
             if self._parallel is not None:
                 self._parallel.finish()
+        if self._is_mean and isinstance(request, Gradient):
+            self._is_mean = False
+            if self._means.is_wanted(self.pace):
+                self._means.take(0, self.replica.parameters(), self.pace)
         self._request = request
 
-    def _wait_answer(self, request: AllReduceMean) -> Mean | Failure:
-        begin_s = time.monotonic()
+    def _answer(self, request: Any) -> Answer:
+        if isinstance(request, AllReduceMean):
+            return self._wait_mean(request)
+        if isinstance(request, Begin):
+            return self._communicator.ask(request.request, keeps_mean=True)
+        if isinstance(request, Join):
+            return self._wait_arrival()
+        if isinstance(request, Send) and self._postbox is not None:
+            return self._postbox.send(request)
+        if isinstance(request, Receive) and self._postbox is not None:
+            begin_s = time.monotonic()
+            try:
+                return self._postbox.wait_receive(request)
+            except PeerError as error:
+                self._communicator.fail(error)
+                raise
+            finally:
+                self._raise_failure()
+                self._has_stood_still(begin_s)
+        if isinstance(request, ExchangeEnded):
+            return self._wait_exchange_ended()
+        raise ProtocolError(f"rank {self.rank}: the training thread cannot answer {type(request).__name__}")
+
+    def _wait_mean(self, request: AllReduceMean) -> Mean | Failure:
         if self._parallel is None or self._late is None:
             self._communicator.ask(request)
-        was_there = self._communicator.has_answer
-        outcome = self._communicator.wait_answer()
+        outcome = self._wait_arrival()
         if self._parallel is not None:
             # The mean is there; only what the ranks say of themselves travels. It is said after the update, and heard
             # at the next gradient, so that nobody waits for it. All ranks do so, and hear in the same step what they
             # would have heard, had they said it at that gradient: the counts are of complete steps either way.
             self._late = request
+        self._is_mean = not request.exact
+        return outcome
+
+    def _wait_arrival(self) -> Mean | Failure:
+        begin_s = time.monotonic()
+        was_there = self._communicator.has_answer
+        outcome = self._communicator.wait_answer()
         self._raise_failure()
+        if not was_there:
+            self._has_stood_still(begin_s)
+        return outcome
+
+    def _wait_exchange_ended(self) -> None:
+        """Ends because the end is agreed, at which exchanges end, each within its time-out."""
+        while self._exchanger is not None and not self._exchanger.ended.wait(LOOK_S):
+            self._raise_failure()
+        self._raise_failure()
+
+    def _has_stood_still(self, begin_s: float) -> None:
+        """Counts the time since `begin_s` as waiting, within a local step or between two."""
+        if self.end_agreed_s is not None and begin_s >= self.end_agreed_s:
+            return
         now_s = time.monotonic()
-        self._averages_gradients = request.sent.is_gradient
-        if was_there:
-            return outcome
         if isinstance(self._request, Gradient):  # within a local step, whose first part ends here
             self._count_wait("update" if self._has_waited else "compute", begin_s, now_s)
-            return outcome
+            return
         self.tally.start_clock(now_s)
         self.tally.waited_s += now_s - begin_s
         self._record("wait", begin_s, now_s)
         self._since_s = now_s
-        return outcome
 
     def _count_wait(self, before: str, begin_s: float, end_s: float) -> None:
         """A time of standing still within a local step, and `before`: the kind of what this rank did until then."""
@@ -297,8 +380,8 @@ class Averaging:
         self.tally.has_left = True
         if not self._algorithm.agrees and self.pace.end is None:
             self.pace.count_alone(self.tally)
-        self._communicator.begin()
-        if self._algorithm.communicate is None:
+        self._begin()
+        if self._algorithm.communicate is None or self._algorithm.writes_messages:
             self._answer_without_steps()
             begin_s = time.monotonic()
         while not self._communicator.ended.wait(1.0):
@@ -314,14 +397,18 @@ class Averaging:
         self.tally.waited_s += max(0.0, (self._communicator.end_agreed_s or begin_s) - begin_s)
 
     def _answer_without_steps(self) -> None:
-        """For a rank that has left an algorithm that waits: takes part in the others' rounds until the agreed end."""
+        """For a rank that takes no more steps: does what others wait for until the agreed end, and takes part in it."""
         if self._request is not None and not self._algorithm.lets_ranks_leave:
             raise ConfigurationError(
                 f"rank {self.rank} of {self.world_size}: its loop has ended after {self.tally.samples:,} samples, but "
                 f"{self._algorithm.name} needs every rank in every step until the agreed end. Loop over the data until "
                 "averaging.finished"
             )
+        if not self._algorithm.goes_on_without_steps:
+            while self.pace.end is None and not self._communicator.ended.wait(LOOK_S):
+                self._raise_failure()
         while self._request is not None:
+            self._raise_failure()
             self._advance()
 
     def wait_identical(self, timeout_s: float) -> bool:
@@ -342,6 +429,8 @@ class Averaging:
         if self._parallel is not None:
             self._parallel.close()
         self._communicator.close()
+        if self._exchanger is not None:
+            self._exchanger.close()
         self._phase.move("close", self.pace.round)
         self._compute.close()
         self.group.leave(reason)  # a collective on its way fails by it, so that the communicator ends soon
@@ -349,6 +438,16 @@ class Averaging:
             self._communicator.join(CLOSE_S)
         if self._parallel is not None:
             self._parallel.wait_ended(CLOSE_S)
+        if self._exchanger is not None and was_started:
+            self._exchanger.join(CLOSE_S)
+        if self._mail is not None and not (self._exchanger is not None and self._exchanger.is_alive()):
+            self._mail.leave()
+
+    def _opened(self, mail: Mail, box: Box) -> Postbox:
+        def is_over() -> bool:
+            return self._communicator.failure is not None or self._phase.now is Phase.CLOSED
+
+        return Postbox(mail, box, self.pace, is_over, self._timeout_s, self._communicator.where)
 
     @property
     def end_agreed_s(self) -> float | None:
@@ -365,6 +464,10 @@ class Averaging:
         """
         if self._is_averaged and self.pace.end is not End.STOP:
             return self._state_with(None)
+        if self._algorithm.writes_messages:
+            raise ConfigurationError(
+                f"{self._algorithm.name} has no mean of all replicas before the agreed end; evaluate this rank's model"
+            )
         begin_s = time.monotonic()
         vector = self._means.wait_vector(self._timeout_s, self._communicator.ended.is_set)
         self.tally.waited_s += time.monotonic() - begin_s

@@ -42,7 +42,9 @@ class Communicator(threading.Thread):
         start_timeout_s: float,
         record: Record,
         lane: Lane | None = None,
+        serves_after: bool = False,
     ):
+        """`serves_after`: when the algorithm's part has ended, the training thread still has something to ask for."""
         super().__init__(name=f"lasgd-communicator-{group.rank}", daemon=True)
         self.failure: LasgdError | None = None
         self.ended = threading.Event()
@@ -56,9 +58,9 @@ class Communicator(threading.Thread):
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._has_begun = False
         self._is_awake = False
-        self._lane = lane
+        self._lane, self._serves_after = lane, serves_after
         self._failing = threading.Lock()
-        self._asked: queue.SimpleQueue[AllReduceMean | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[AllReduceMean, bool] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._arrived_s: float | None = None
@@ -81,9 +83,12 @@ class Communicator(threading.Thread):
         self.begin()
         self.finish()
 
-    def ask(self, request: AllReduceMean) -> None:
-        """Training thread, of an algorithm that waits: has the request carried out here. One at a time."""
-        self._asked.put(request)
+    def ask(self, request: AllReduceMean, keeps_mean: bool = False) -> None:
+        """Training thread: has the request carried out here, one at a time.
+
+        `keeps_mean`: its mean is that of the replicas at no moment that the training thread could see.
+        """
+        self._asked.put((request, keeps_mean))
 
     @property
     def has_answer(self) -> bool:
@@ -104,7 +109,7 @@ class Communicator(threading.Thread):
                     return Failure(cause)
 
     def finish(self) -> None:
-        """Training thread, of an algorithm that waits: it has come to its end and asks for nothing more."""
+        """Training thread: it has come to its end and asks for nothing more."""
         self._asked.put(None)
 
     def run(self) -> None:
@@ -114,6 +119,9 @@ class Communicator(threading.Thread):
                 self._serve()
             else:
                 self._drive(self._algorithm)
+                if self._serves_after:
+                    self._note_end()
+                    self._serve()
             if self.failure is None and not self._closing.is_set():
                 self._note_end()
                 self._raise_if_diverged()
@@ -130,11 +138,13 @@ class Communicator(threading.Thread):
             self.ended.set()
 
     def _serve(self) -> None:
-        """For algorithms that wait: carries out what the training thread hands over, until it has nothing more."""
-        while (request := self._wait_asked()) is not None:
-            self._answers.put(self._all_reduce_mean(request))
+        """Carries out what the training thread hands over, until it has nothing more."""
+        while (asked := self._wait_asked()) is not None:
+            if self.failure is None and not self._closing.is_set():
+                self._note_end()
+            self._answers.put(self._all_reduce_mean(*asked))
 
-    def _wait_asked(self) -> AllReduceMean | None:
+    def _wait_asked(self) -> tuple[AllReduceMean, bool] | None:
         if self._lane is None:
             return self._asked.get()
         while True:
@@ -165,7 +175,7 @@ class Communicator(threading.Thread):
         if isinstance(request, NextRound):
             return self._wait_due(request.not_before_s)
         if isinstance(request, AllReduceMean):
-            return self._all_reduce_mean(request)
+            return self._all_reduce_mean(request, keeps_mean=True)
         raise ProtocolError(f"{self.where()}: the communicator cannot answer {type(request).__name__}")
 
     def _wait_due(self, not_before_s: float) -> Stop | None:
@@ -177,7 +187,7 @@ class Communicator(threading.Thread):
             self._closing.wait(max(0.0, self._due_s - time.monotonic()))
         return Stop() if self._closing.is_set() or self.failure is not None else None
 
-    def _all_reduce_mean(self, request: AllReduceMean) -> Mean | Failure:
+    def _all_reduce_mean(self, request: AllReduceMean, keeps_mean: bool) -> Mean | Failure:
         if self.failure is not None:
             return Failure(self.failure)
         replica, sent = self._replica, request.sent
@@ -205,7 +215,7 @@ class Communicator(threading.Thread):
         except PeerError as error:
             self.fail(PeerError(f"{self.where()}: {error}"))
             return Failure(error)
-        if self._lane is None:  # else the rounds are the lane's
+        if self._lane is None and vector.numel():  # else the rounds are the lane's, or there is nothing but the header
             self._record("round", begin_s, arrived_s)
         # From when it was due, where a pace was kept: what it takes to wake up and to make the snapshot is part of a
         # round, or rounds would come later than agreed by just that.
@@ -216,7 +226,7 @@ class Communicator(threading.Thread):
         if weight == 0:
             return Mean(None, header)
         mean = Mean(vector.div_(weight), header)
-        if not request.exact and not sent.is_gradient:
+        if keeps_mean and not request.exact and vector.numel():
             self._means.take(sent.begin, vector, self._pace)
         return mean
 

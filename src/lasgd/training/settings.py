@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -36,13 +36,27 @@ class Settings(BaseModel):
     """Normalisation of the built-in models."""
 
     algorithm: str = "lasgd"
-    """How the ranks come to agree. `local_sgd` and `sync_sgd` wait for each other, `independent` never communicates."""
+    """How the ranks come to agree: docs/algorithms.md. `independent` never communicates."""
     merge: str = "full"
     """Merge rule: how much of a correction the replica shows at the step boundary."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
     steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """A round at most every so many local steps of the median rank, one every 30 s in any case; H of `local_sgd`."""
+    """A round at most every so many local steps of the median rank, one every 30 s in any case; the H of others."""
+    outer_lr: Positive | None = None
+    """Of diloco's outer step; default 0.7."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of diloco's outer step; default 0.9."""
+    pull: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Towards the anchor of overlap_local_sgd, default 0.6; towards easgd's centre, default 0.9 / ranks."""
+    anchor_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of overlap_local_sgd's anchor; default 0.7."""
+    synchronous_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of the budget, before post_local_sgd goes over to local SGD; default 0.5."""
+    staleness_aware: bool | None = None
+    """Whether parameter_server divides an update by its staleness; default no."""
+    topology: Literal["ring", "complete", "exponential"] | None = None
+    """Who writes to whom in d_psgd (default ring), ad_psgd (complete), sgp and osgp (exponential)."""
     ranks: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Local ranks to start; under torchrun the environment decides."""
 
@@ -78,6 +92,10 @@ class Settings(BaseModel):
     """Seconds without a finished round after which the silent ranks are reported."""
     start_timeout_s: Timeout = 120.0
     """Seconds to wait for all ranks to start."""
+
+    def algorithm_settings(self) -> dict[str, Any]:
+        """What is given of the settings that are an algorithm's own, by name."""
+        return {name: value for name in OWN_TO_AN_ALGORITHM if (value := getattr(self, name)) is not None}
 
     def check_budget(self, samples: int, what: str, world_size: int) -> None:
         """Raises ConfigurationError, beginning with `what`, where `samples` is less than one batch on every rank."""
@@ -117,6 +135,17 @@ class SimulationSettings(Settings):
     model_bytes: str | None = None
     """With --no-gradients: what is averaged, such as 102MB, in place of --data and --model."""
 
+
+OWN_TO_AN_ALGORITHM = (
+    "outer_lr",
+    "outer_momentum",
+    "pull",
+    "anchor_momentum",
+    "synchronous_share",
+    "staleness_aware",
+    "topology",
+)
+"""Settings that only some algorithms have; None stands for the algorithm's default."""
 
 OWN_TO_A_RANK = frozenset({"ranks", "workers", "timeout_s", "start_timeout_s", "device"})
 """Settings in which ranks (and a resumed run) may differ."""

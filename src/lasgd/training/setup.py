@@ -106,6 +106,7 @@ def wait_attached(
         samples=samples,
         batch_size=settings.batch_size,
         algorithm=settings.algorithm,
+        algorithm_settings=settings.algorithm_settings(),
         merge=settings.merge,
         fragments=settings.fragments,
         steps_per_round=settings.steps_per_round,
