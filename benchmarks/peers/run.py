@@ -1,0 +1,121 @@
+"""Trains with a peer of lasgd instead of lasgd: same data, model, schedule, conditions, and the same run folder.
+
+    python benchmarks/peers/run.py torch_ddp --samples 4000 --ranks 2 --out runs/ddp
+    python benchmarks/peers/run.py torchft_diloco --data cifar10.tar.xz --model cnn4 --batch-size 16 --lr 0.05 \\
+        --samples 60000 --condition slow --sync-every 10 --out runs/diloco
+    python benchmarks/peers/run.py hivemind_optimizer --help
+
+Emulated links need network namespaces, so root: a peer's traffic cannot be slowed down in user space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from pydantic import ValidationError  # noqa: E402
+
+from lasgd.cli.train import check_data_and_model, prepare_folder  # noqa: E402
+from lasgd.errors import ConfigurationError, LasgdError  # noqa: E402
+from lasgd.lab import conditions, network  # noqa: E402
+from lasgd.lab.launch import launch  # noqa: E402
+from lasgd.training.settings import Settings  # noqa: E402
+from peers import named  # noqa: E402
+
+RANKS = 4
+SHARED = (
+    *("data", "image_size", "workers", "model", "norm", "ranks", "samples", "epochs", "batch_size", "lr", "momentum"),
+    *("weight_decay", "warmup", "seed", "condition", "evaluations", "timeout_s", "start_timeout_s"),
+)
+"""The settings of `lasgd train` that a peer has too."""
+
+
+def parser_for(options: type) -> argparse.ArgumentParser:
+    """The command line of a peer with these options."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/peers/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("peer", choices=tuple(named.PEERS), metavar="PEER", help=", ".join(named.PEERS))
+    parser.add_argument("--out", type=Path, required=True, help="the run folder, new or empty")
+    same = parser.add_argument_group("as `lasgd train` has them")
+    for name in SHARED:
+        same.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, dest=name)
+    own = parser.add_argument_group("the peer's own")
+    for option in fields(options):
+        kind = type(option.default)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        own.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, dest=option.name, **how)
+    return parser
+
+
+def check_condition(settings: Settings, ranks: int) -> None:
+    """Raises ConfigurationError where the condition cannot be made for a peer."""
+    condition = conditions.parse(settings.condition)
+    condition.check(ranks)
+    if condition.round_s is not None:
+        raise ConfigurationError(
+            f"condition {settings.condition!r}: round= is made within lasgd's own group, which a peer does not use. "
+            "Use link=, which slows down every program's traffic."
+        )
+    if condition.bandwidth_bytes_per_s is not None and ranks > 1:
+        reason = network.why_not_namespaces(condition.latency_s, ranks)
+        if reason is not None:
+            raise ConfigurationError(
+                f"condition {settings.condition!r}: a peer's traffic is slowed down by network namespaces only, "
+                f"not in user space: {reason}. Leave link= out, or run this where it works (Linux, as root)."
+            )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains; returns the exit code. Raises LasgdError."""
+    name = next((word for word in argv if not word.startswith("-")), None)
+    peer = named.load(name) if name in named.PEERS else None
+    arguments = vars(parser_for(peer.Options if peer else named.Peer).parse_args(argv))
+    assert peer is not None  # argparse has refused any other name
+    given = {key: arguments[key] for key in SHARED if key in arguments}
+    options = {option.name: arguments[option.name] for option in fields(peer.Options)}
+    try:
+        settings = Settings.model_validate(
+            {"ranks": RANKS, "checkpoints": 0, "device": "cpu"} | given | {"algorithm": f"peer:{name}"}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise ConfigurationError(f"--{where}: {first['msg']}; got {first['input']!r}.") from error
+    ranks = settings.ranks or RANKS
+    if settings.samples is not None:
+        settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", ranks)
+    check_condition(settings, ranks)
+    check_data_and_model(settings)
+    out = arguments["out"]
+    prepare_folder(out, None, ranks)
+    print(
+        f"training {settings.model} on {settings.data} with {settings.algorithm}: {ranks} ranks, condition "
+        f"{settings.condition}; results go to {out}",
+        flush=True,
+    )
+    paths = (str(FOLDER.parent), os.environ.get("PYTHONPATH", ""))
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # where the ranks find `peers`
+    command = ("-m", "lasgd.lab.rank_process", "peers.rank", str(name), json.dumps(options))
+    return launch(settings, out, None, ranks, command=command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, and says what went wrong without a traceback."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except LasgdError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
