@@ -121,9 +121,9 @@ class Run:
             probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
             return probe.getsockname()[0]
 
-    def wait_from_rank_0(self, topic: str, text: str = "") -> str:
-        """What rank 0 says, on all ranks."""
-        return self.group.wait_exchange(topic, text.encode(), self.settings.start_timeout_s)[0].decode()
+    def wait_from(self, rank: int, topic: str, text: str = "") -> str:
+        """What `rank` says on the topic, on all ranks; what others say is lost."""
+        return self.group.wait_exchange(topic, text.encode(), self.settings.start_timeout_s)[rank].decode()
 
     @property
     def samples_a_step(self) -> int:

@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,10 +30,12 @@ class Options:
     """Local steps of an epoch (`target_batch_size`, in steps of all ranks)."""
     local_updates: bool = True
     """Every rank updates by its own gradients; else gradients are averaged, one step an epoch, delayed by one."""
-    matchmaking_s: float = 1.0
-    """`matchmaking_time`: how long a group is looked for; its guide says 3 to 5 s for small local runs."""
+    matchmaking_s: float = 3.0
+    """`matchmaking_time`: how long a group of fewer than all is looked for; 3 to 5 s for small local runs."""
     averaging_timeout_s: float = 30.0
     """`averaging_timeout`."""
+    float16: bool = True
+    """Averages travel in 16 bits, which its guide calls usually fine."""
     refresh_s: float = 0.25
     """How often a rank looks at the swarm's progress at most; `max_refresh_period` is twice that."""
 
@@ -40,14 +43,13 @@ class Options:
 def train(run: Run, options: Options) -> None:
     """The local steps, until the swarm has processed the budget."""
     import hivemind
+    from hivemind.compression import Float16Compression, NoCompression
 
     met = _Met()
     settings = run.settings
-    host = [f"/ip4/{run.address}/tcp/0"]
-    dht = hivemind.DHT(host_maddrs=host, start=True) if run.rank == 0 else None
-    met_at = run.wait_from_rank_0("dht", " ".join(map(str, dht.get_visible_maddrs())) if dht else "").split()
-    dht = dht or hivemind.DHT(host_maddrs=host, initial_peers=met_at, start=True)
+    dht = _joined(run)
 
+    compression = Float16Compression() if options.float16 else NoCompression()
     target = options.sync_every * run.samples_a_step
     epochs = math.ceil(run.budget / target)
     optimizer = hivemind.Optimizer(
@@ -65,6 +67,9 @@ def train(run: Run, options: Options) -> None:
         delay_optimizer_step=not options.local_updates,
         matchmaking_time=options.matchmaking_s,
         averaging_timeout=options.averaging_timeout_s,
+        next_chunk_timeout=options.averaging_timeout_s,  # its default, matchmaking_time, is for faster links
+        grad_compression=compression,
+        state_averaging_compression=compression,
         averager_opts={"target_group_size": run.world_size, "request_timeout": options.matchmaking_s / 2},
         tracker_opts={
             "min_refresh_period": options.refresh_s,
@@ -96,9 +101,26 @@ def train(run: Run, options: Options) -> None:
         "waited_s is the time within optimizer.step(), the local update included",
         f"{optimizer.local_epoch} epochs, {met}",
     ]
-    run.wait_from_rank_0("hivemind is done")
+    run.wait_from(0, "hivemind is done")
     optimizer.shutdown()
     dht.shutdown()
+
+
+def _joined(run: Run) -> Any:
+    """This rank's part of the hash table, when every rank has joined it.
+
+    Each is told the addresses of all before it, not of the first alone: libp2p passes no addresses on that it takes for
+    unroutable, as those of emulated links are.
+    """
+    import hivemind
+
+    dht, known = None, []
+    for rank in range(run.world_size):
+        if rank == run.rank:
+            dht = hivemind.DHT(host_maddrs=[f"/ip4/{run.address}/tcp/0"], initial_peers=known, start=True)
+        addresses = map(str, dht.get_visible_maddrs()) if dht else ()
+        known += run.wait_from(rank, f"addresses of rank {rank}", " ".join(addresses)).split()
+    return dht
 
 
 class _Met(logging.Handler):

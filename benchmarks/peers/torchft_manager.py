@@ -35,7 +35,7 @@ def started_manager(run: Run, model: nn.Module, optimizers: dict[str, torch.opti
             bind="[::]:0", min_replicas=run.world_size, join_timeout_ms=JOIN_MS, quorum_tick_ms=TICK_MS
         )
     port = lighthouse.address().rpartition(":")[2] if lighthouse else ""
-    where = run.wait_from_rank_0("lighthouse", f"http://{run.address}:{port}")
+    where = run.wait_from(0, "lighthouse", f"http://{run.address}:{port}")
 
     def state_dict() -> dict[str, Any]:
         return {"model": model.state_dict()} | {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
