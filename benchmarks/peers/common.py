@@ -163,13 +163,13 @@ class Run:
         self._last_bucket_s = None
         self.padding.begin()
         local_step.gradient(model, batch.images, batch.labels)
-        computed_s = time.monotonic()
-        if self._last_bucket_s is not None:
-            self._waited_in_passes_s += computed_s - self._last_bucket_s
-            self._note_wait(self._last_bucket_s, computed_s)
-            computed_s = self._last_bucket_s
+        passes_s = time.monotonic()
+        waits_from_s = self._last_bucket_s
+        if waits_from_s is not None:  # DDP: the rest of the backward pass is the network's
+            self._waited_in_passes_s += passes_s - waits_from_s
+            self._note_wait(waits_from_s, passes_s)
         self.padding.wait_rest()
-        self.timeline.add("compute", begin_s, max(computed_s, time.monotonic() if self._last_bucket_s is None else 0))
+        self.timeline.add("compute", begin_s, time.monotonic() if waits_from_s is None else waits_from_s)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step at the learning rate of global progress, for ranks that take equally many steps."""

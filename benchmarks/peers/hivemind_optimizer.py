@@ -29,7 +29,8 @@ class Options:
     sync_every: int = 20
     """Local steps of an epoch (`target_batch_size`, in steps of all ranks)."""
     local_updates: bool = True
-    """Every rank updates by its own gradients; else gradients are averaged, one step an epoch, delayed by one."""
+    """Every rank updates by its own gradients; else gradients are averaged, one step an epoch, delayed by one, which
+    is for batches of many thousands."""
     matchmaking_s: float = 3.0
     """`matchmaking_time`: how long a group of fewer than all is looked for; 3 to 5 s for small local runs."""
     averaging_timeout_s: float = 30.0

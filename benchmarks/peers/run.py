@@ -23,10 +23,11 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from pydantic import ValidationError  # noqa: E402
 
-from lasgd.cli.train import check_data_and_model, prepare_folder  # noqa: E402
+from lasgd.cli.train import check_data_and_model, explaining_surprises, prepare_folder  # noqa: E402
 from lasgd.errors import ConfigurationError, LasgdError  # noqa: E402
 from lasgd.lab import conditions, network  # noqa: E402
 from lasgd.lab.launch import launch  # noqa: E402
+from lasgd.training.interrupt import raising_interrupts  # noqa: E402
 from lasgd.training.settings import Settings  # noqa: E402
 from peers import named  # noqa: E402
 
@@ -105,7 +106,8 @@ def run(argv: Sequence[str]) -> int:
     paths = (str(FOLDER.parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # where the ranks find `peers`
     command = ("-m", "lasgd.lab.rank_process", "peers.rank", str(name), json.dumps(options))
-    return launch(settings, out, None, ranks, command=command)
+    with explaining_surprises(out), raising_interrupts():  # an emulated network is removed in any case
+        return launch(settings, out, None, ranks, command=command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,21 +35,22 @@ class Options:
 
 def train(run: Run, options: Options) -> None:
     """The local steps, up to the last outer step."""
-    from torchft.local_sgd import DiLoCo
-
     optimizer = run.optimizer()
     parts = cut(run.model, options.fragments)
-    if options.sync_every % len(parts):
+    every = options.sync_every // len(parts)
+    if options.sync_every % len(parts) or not 0 <= options.delay < every:
         raise ConfigurationError(
-            f"--sync-every {options.sync_every} with {len(parts)} fragments: torchft wants a multiple of their number."
+            f"--sync-every {options.sync_every} --delay {options.delay} with {len(parts)} fragments: torchft wants "
+            "sync-every to be a multiple of the fragments' number, and delay to be less than sync-every divided by it."
         )
     outer = [
         torch.optim.SGD(part.parameters(), lr=options.outer_lr, momentum=options.outer_momentum, nesterov=True)
         for part in parts
     ]
-    every = options.sync_every // len(parts)
     steps = steps_for(run.budget, run.samples_a_step, sync_every=options.sync_every, first_sync=options.sync_every)
     with started_manager(run, run.model, {"inner": optimizer}) as manager:
+        from torchft.local_sgd import DiLoCo
+
         diloco = DiLoCo(
             manager,
             parts,

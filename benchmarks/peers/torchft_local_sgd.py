@@ -22,11 +22,11 @@ class Options:
 
 def train(run: Run, options: Options) -> None:
     """The local steps, up to the last average."""
-    from torchft.local_sgd import LocalSGD
-
     optimizer = run.optimizer()
     steps = steps_for(run.budget, run.samples_a_step, sync_every=options.sync_every, first_sync=options.sync_every)
     with started_manager(run, run.model, {"optimizer": optimizer}) as manager:
+        from torchft.local_sgd import LocalSGD
+
         local_sgd = LocalSGD(manager, run.model, optimizer, sync_every=options.sync_every)
         with timed(run, optimizer, local_sgd):
             for batch in islice(run.batches(), steps):

@@ -25,7 +25,7 @@ JOIN_MS, TICK_MS = 10_000, 10
 @contextlib.contextmanager
 def started_manager(run: Run, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Iterator[Any]:
     """The manager of this rank; it can hand `model` and `optimizers` to a rank that comes back."""
-    os.environ.setdefault("RUST_LOG", "warn")  # else several lines for each quorum
+    os.environ.setdefault("RUST_LOG", "warn")  # read when torchft is imported; else many lines a quorum
     from torchft import Manager, ProcessGroupGloo
     from torchft.coordination import LighthouseServer
 
