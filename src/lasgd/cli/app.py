@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lasgd import __version__
+from lasgd.cli import compare as comparing
+from lasgd.cli import report as reporting
 from lasgd.cli import simulate as simulating
 from lasgd.cli.config import problems
 from lasgd.cli.train import HELP, keep_traceback, surprise, train
@@ -31,6 +33,8 @@ app = App(
 )
 app.command(train, help=HELP)
 app.command(simulating.simulate, help=simulating.HELP)
+app.command(comparing.compare, help=comparing.HELP)
+app.command(reporting.report, help=reporting.HELP)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:
