@@ -12,6 +12,7 @@ import pytest
 from documents import DOCUMENTS, ROOT, blocks, text_of
 
 from lasgd.cli.app import app
+from lasgd.cli.compare import planned
 from lasgd.cli.simulate import check_simulation
 from lasgd.cli.train import check
 from lasgd.errors import LasgdError
@@ -36,6 +37,11 @@ def check_lasgd(arguments: list[str]) -> None:
     if arguments[0] == "simulate" and "--advise" not in arguments:
         simulated = bound.kwargs["settings"]
         check_simulation(simulated, simulated.ranks or 4)
+        return
+    if arguments[0] == "compare":
+        planned(**{name: value for name, value in bound.kwargs.items() if name != "run_limit_s"})
+        return
+    if arguments[0] == "report":
         return
     settings = bound.kwargs.get("settings") or Settings()
     check(settings, settings.ranks or 4)

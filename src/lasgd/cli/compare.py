@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 from rich.console import Console
@@ -22,7 +22,7 @@ from lasgd.cli.train import DEFAULT_RANKS, check, check_data_and_model, explaini
 from lasgd.errors import ConfigurationError, unknown
 from lasgd.lab.compare.engine import Comparison, Outcome
 from lasgd.lab.compare.entry import Entry, options
-from lasgd.lab.compare.plan import FILE, TARGET_SHARE, Plan, read_stored
+from lasgd.lab.compare.plan import FILE, TARGET_SHARE, Plan, Tune, read_stored
 from lasgd.lab.compare.progress import Progress, table
 from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.training.settings import Settings
@@ -82,7 +82,7 @@ def compare(
     condition: Annotated[list[str] | None, Parameter(group=_WHAT, help=_CONDITION)] = None,
     seeds: Annotated[list[str] | None, Parameter(group=_WHAT, help=_SEEDS)] = None,
     lr_grid: Annotated[list[str] | None, Parameter(group=_WHAT, help=_GRID)] = None,
-    tune: Annotated[Literal["real", "virtual"], Parameter(group=_WHAT, help=_TUNE)] = "real",
+    tune: Annotated[Tune, Parameter(group=_WHAT, help=_TUNE)] = "real",
     target: Annotated[float | None, Parameter(group=_WHAT, help=_TARGET)] = None,
     reference: Annotated[str | None, Parameter(group=_WHAT, help=_REFERENCE)] = None,
     run_limit_s: Annotated[float | None, Parameter(group=_WHAT, help=_LIMIT)] = None,
@@ -93,31 +93,62 @@ def compare(
     """Compares as `HELP` says; returns the exit code. Raises LasgdError, ConfigurationError before any run starts."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ConfigurationError("lasgd compare starts its own local ranks; it does not run under torchrun.")
+    if run_limit_s is not None and not run_limit_s > 0:
+        raise ConfigurationError(f"--run-limit-s: must be greater than 0, got {run_limit_s:g}")
+    out = out or _new_default()
+    plan = planned(
+        out,
+        algorithms=algorithms,
+        condition=condition,
+        seeds=seeds,
+        lr_grid=lr_grid,
+        tune=tune,
+        target=target,
+        reference=reference,
+        config=config,
+        settings=settings,
+    )
+    console = Console()
+    with explaining_surprises(out):
+        check_data_and_model(plan.shared)  # once, before any run: it unpacks an archive
+        comparison = Comparison(plan, out, Progress(console), run_limit_s)
+        console.print(Text(_announced(comparison.plan, out)), soft_wrap=True)
+        outcome = comparison.run()
+        return _conclude(outcome, comparison.plan, out, console)
+
+
+def planned(
+    out: Path,
+    *,
+    algorithms: Sequence[str] | None = None,
+    condition: Sequence[str] | None = None,
+    seeds: Sequence[str] | None = None,
+    lr_grid: Sequence[str] | None = None,
+    tune: Tune = "real",
+    target: float | None = None,
+    reference: str | None = None,
+    config: Path | None = None,
+    settings: Settings | None = None,
+) -> Plan:
+    """The plan that the options ask for, checked as far as can be before anything runs. Raises ConfigurationError."""
     shared = shared_settings(settings, config)
     entries = parse_entries(algorithms or [DEFAULT_ALGORITHMS], shared)
-    out = out or _new_default()
+    in_order = parse_seeds(seeds or ["0"])
+    if tune == "virtual" and not lr_grid:
+        raise ConfigurationError("--tune virtual goes with --lr-grid, which says what to try.")
     plan = Plan(
         shared=shared,
         entries=entries,
         conditions=parse_conditions(condition or ["fast"]),
-        seeds=parse_seeds(seeds or ["0"]),
+        seeds=in_order,
         reference=_reference(reference, entries, out),
         target=_share(target),
         lr_grid=parse_grid(lr_grid or []),
         tune=tune,
-        tuning_seed=parse_seeds(seeds or ["0"])[0],
+        tuning_seed=in_order[0],
     )
-    if run_limit_s is not None and not run_limit_s > 0:
-        raise ConfigurationError(f"--run-limit-s: must be greater than 0, got {run_limit_s:g}")
-    plan = plan.typed_as(_command(plan, out))
     check_plan(plan)
-    console = Console()
-    with explaining_surprises(out):
-        comparison = Comparison(plan, out, Progress(console), run_limit_s)
-        check_data_and_model(plan.shared)  # once, before any run: it unpacks an archive
-        console.print(Text(_announced(comparison.plan, out)), soft_wrap=True)
-        outcome = comparison.run()
-        return _conclude(outcome, comparison.plan, out, console)
+    return plan.typed_as(_command(plan, out))
 
 
 def shared_settings(given: Settings | None, config: Path | None) -> Settings:

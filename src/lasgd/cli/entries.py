@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lasgd.cli.config import check_keys, problems
-from lasgd.errors import ConfigurationError
+from lasgd.errors import ConfigurationError, unknown
 from lasgd.lab.compare.entry import Entry
 from lasgd.training.settings import Settings
 
@@ -52,6 +52,10 @@ def _entry(word: str, shared: Settings, seen: Counter[str]) -> Entry:
         if key in values:
             raise ConfigurationError(f"{what}: {key!r} is given twice.")
         values[key] = value
+    for key in values:
+        if key.replace("-", "_") not in Settings.model_fields:
+            own = (field.replace("_", "-") for field in Settings.model_fields.keys() - EQUAL_FOR_ALL)
+            raise unknown(f"{what}: setting", key, own)
     values = check_keys(values, f"{what}: setting")
     for field in values:
         if field in EQUAL_FOR_ALL:

@@ -25,7 +25,7 @@ def report(
     out: Annotated[Path | None, Parameter(help=_OUT)] = None,
 ) -> int:
     """Writes the report; returns the exit code. Raises LasgdError."""
-    given: Sequence[Path] = folders
+    given = list(folders)
     if not given:
         raise ConfigurationError("lasgd report needs a folder that `lasgd compare` wrote, as in lasgd report runs/one.")
     if out is None and len(given) > 1:

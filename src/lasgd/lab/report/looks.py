@@ -97,7 +97,7 @@ def svg(made: Any, says: str) -> str:
     return _inlined(paper.getvalue(), says)
 
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.hashsalt": "lasgd",
     "svg.fonttype": "none",
     "font.size": 9,

@@ -121,11 +121,14 @@ def _drawn(row: Row, top: int) -> str:
         marks = "".join(f"M{LEFT + x:.1f} {top + 2}v{BAR}" for x in row.boundaries)
         parts.append(f'<path class="b" d="{marks}"/>')
     if row.rounds:
-        marks = "".join(
-            f"M{LEFT + x:.1f} {base + 1}h{max(0.4, y - x - 0.5):.1f}v{ROUND}H{LEFT + x:.1f}z" for x, y in row.rounds
-        )
-        parts.append(f'<path class="r" d="{marks}"/>')
+        parts.append(f'<path class="r" d="{"".join(_bar(x, y, base + 1) for x, y in row.rounds)}"/>')
     return "".join(parts)
+
+
+def _bar(begin: float, end: float, top: float) -> str:
+    """One round, a little shorter than it was, so that the next one is told from it."""
+    x = LEFT + begin
+    return f"M{x:.1f} {top}h{max(0.4, end - begin - 0.5):.1f}v{ROUND}H{x:.1f}z"
 
 
 def _area(levels: np.ndarray, below: np.ndarray, base: float, kind: str) -> str:

@@ -142,8 +142,8 @@ def grid_says(source: Source) -> str:
     found = source.results[0]["grid"]
     where = "in virtual time" if found["tune"] == "virtual" else "in real runs"
     return (
-        f"Final loss by learning rate, tried {where} with seed {found['seed']}; the best one, in brackets, was used for "
-        "all seeds."
+        f"Final loss by learning rate, tried {where} with seed {found['seed']}; the best one, in brackets, was used "
+        "for all seeds."
     )
 
 
