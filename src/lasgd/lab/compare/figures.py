@@ -42,9 +42,9 @@ def read_folder(folder: Path) -> Folder:
     """Reads one run folder. Never raises: what cannot be read is a failed run, with the reason."""
     try:
         ended = read_json(folder / ENDED)
-        code, took_s, limit = ended.get("code"), ended.get("took_s"), ended.get("reason")
+        code, took_s, reason = ended.get("code"), ended.get("took_s"), ended.get("reason")
     except (LasgdError, AttributeError):
-        code, took_s, limit = None, None, None
+        code, took_s, reason = None, None, None
     try:
         run = read_json(folder / "run.json")
         if not isinstance(run, dict) or "status" not in run:
@@ -53,15 +53,17 @@ def read_folder(folder: Path) -> Folder:
     except (LasgdError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
         if not (folder / "logs").exists():
             return Folder(None, (), "missing", None, took_s)
+        if reason:
+            return Folder(None, (), "failed", reason, took_s)
         if code in (130, -2):
             return Folder(None, (), "interrupted", "interrupted before anything was written", took_s)
         if code is None and not (folder / "run.json").exists():
             return Folder(None, (), "interrupted", "whatever ran it was ended before it", took_s)
         said = last_line(folder / LOG) or (str(error) if (folder / "run.json").exists() else "and said nothing")
-        return Folder(None, (), "failed", limit or f"exit code {code}: {said}", took_s)
-    error = limit if run["status"] != "finished" and limit else run.get("error")
-    status = "failed" if limit and run["status"] == "interrupted" else run["status"]
-    return Folder(run, metrics, status, error, took_s)
+        return Folder(None, (), "failed", f"exit code {code}: {said}", took_s)
+    if reason and run["status"] != "finished":
+        return Folder(run, metrics, "failed", reason, took_s)
+    return Folder(run, metrics, run["status"], run.get("error"), took_s)
 
 
 def crossing(metrics: Sequence[Mapping[str, Any]], target: float, over: str) -> float | None:

@@ -42,14 +42,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4)
+            self._live = Live(console=self._console, get_renderable=self.render, refresh_per_second=4, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         live, self._live = self._live, None
         if live is not None:
-            self._present = None
             live.stop()
 
     # What the engine tells
@@ -72,7 +71,7 @@ class Progress:
     def end(self, cell: Cell, found: Folder) -> None:
         """A run is over."""
         self._present, self._said_last = None, ""
-        self._done += 1
+        self._done += found.status in ("finished", "failed")
         if found.took_s is not None:
             self._took_s[cell] = found.took_s
         self._failed += found.status == "failed"
