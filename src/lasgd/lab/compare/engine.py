@@ -61,6 +61,7 @@ class Comparison:
             self._lock = lock
             store(self.plan, self.out)
             self._write()
+            self.progress.before(len(self._planned()) - len(self._left()))
             for cell in self._cells():
                 if self.interrupts.count:
                     break
@@ -84,21 +85,24 @@ class Comparison:
             return False
         return cell not in self._met and self.folders.read(cell).status != "finished"
 
+    def _planned(self) -> list[Cell]:
+        """All runs of this call, as far as they are known; a rate to be chosen stands for any of the grid."""
+        planned: dict[Cell, None] = {}
+        for condition in self.plan.conditions:
+            tries = dict.fromkeys(self.plan.tries(condition))
+            is_tried = {cell.entry for cell in tries if not cell.is_virtual and self.plan.is_tuned(cell.entry)}
+            planned |= tries
+            for seed in self.plan.seeds:
+                for cell in self.plan.cells(seed, condition):
+                    # The first seed's run is one of the trials, where those are real.
+                    if not (cell.lr is None and seed == self.plan.tuning_seed and cell.entry in is_tried):
+                        planned[cell] = None
+        return list(planned)
+
     def _left(self) -> list[Cell]:
-        """What is still to be run, as far as that is known; a rate to be chosen stands for any of the grid."""
-        left: dict[Cell, None] = {}
-        for seed in self.plan.seeds:
-            for condition in self.plan.conditions:
-                left |= dict.fromkeys(self.plan.tries(condition))
-                left |= dict.fromkeys(self.plan.cells(seed, condition))
-        is_tried = {(cell.entry, cell.condition) for cell in left if self.plan.is_tuned(cell.entry)}
-        first = self.plan.tuning_seed if self.plan.tune == "real" else None
+        """Those that are still to be run."""
         return [
-            cell
-            for cell in left
-            if cell not in self._met
-            and self.folders.read(cell).status != "finished"
-            and not (cell.lr is None and cell.seed == first and (cell.entry, cell.condition) in is_tried)
+            cell for cell in self._planned() if cell not in self._met and self.folders.read(cell).status != "finished"
         ]
 
     def _choose(self, condition: str) -> None:

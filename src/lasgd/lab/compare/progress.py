@@ -53,6 +53,10 @@ class Progress:
 
     # What the engine tells
 
+    def before(self, finished: int) -> None:
+        """So many runs were finished by earlier calls."""
+        self._done = finished
+
     def plan(self, left: Sequence[Cell]) -> None:
         """What is still to be run, the next one included."""
         self._left = left
