@@ -11,7 +11,18 @@ from lasgd.training.run_folder import read_json
 from training_runs import Command, running, wait_until
 
 OPTIONS = (
-    *("--algorithms", "lasgd,independent", "--ranks", "2", "--samples", "1200", "--model", "cnn4", "--batch-size", "16"),
+    *(
+        "--algorithms",
+        "lasgd,independent",
+        "--ranks",
+        "2",
+        "--samples",
+        "1200",
+        "--model",
+        "cnn4",
+        "--batch-size",
+        "16",
+    ),
     *("--condition", "step=5ms", "--evaluations", "3", "--workers", "0", "--out", "compared"),
 )
 LAUNCHER = (sys.executable, "-m", "lasgd", "compare")

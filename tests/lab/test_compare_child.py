@@ -111,6 +111,13 @@ def test_an_error_of_ours_leaves_no_child_behind(tmp_path):
 
 
 @pytest.mark.processes
+def test_a_terminals_ctrl_c_does_not_reach_the_child_by_itself(tmp_path):
+    run_child(python("import os; print(os.getsid(0), os.getpid())"), tmp_path / "log", Interrupts())
+    session, child = (tmp_path / "log").read_text().split()
+    assert session == child
+
+
+@pytest.mark.processes
 def test_the_child_knows_nothing_of_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     run_child(python("import os; print(os.environ.get('RANK'))"), tmp_path / "log", Interrupts())

@@ -202,8 +202,9 @@ def test_tuned_in_virtual_time_the_first_seed_still_runs(runs, tmp_path):
     assert runs.started == ["virtual lr 0.1", "virtual lr 0.2", "a fast 0 lr 0.1", "independent fast 0"]
 
 
-def test_an_interrupt_in_the_grid_chooses_nothing(runs, tmp_path):
-    runs.interrupt_at = 3
+@pytest.mark.parametrize("trial", [3, 4])  # of four, the yardstick among them
+def test_an_interrupt_in_the_grid_chooses_nothing(runs, tmp_path, trial):
+    runs.interrupt_at = trial
     compared(runs, tmp_path, lr_grid=(0.1, 0.2, 0.4))
     assert json.loads((tmp_path / "compare.json").read_text())["chosen"] == {}
 

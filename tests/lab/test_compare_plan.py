@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from compare_folders import SHARED, plan
+from lasgd.cli.app import app
 from lasgd.errors import ConfigurationError
 from lasgd.lab.compare.entry import Entry, options, simulate, train, yardstick
 from lasgd.lab.compare.plan import FILE, Cell, going_on, store
@@ -96,6 +97,14 @@ def test_settings_that_do_not_go_together_are_refused():
 
 def test_options_say_what_was_given_and_nothing_else():
     assert options(Settings(lr=0.2, samples=10, image_size=None)) == ["--samples", "10", "--lr", "0.2"]
+
+
+def test_a_switch_that_is_off_is_said_too():
+    settings = Settings(staleness_aware=False)
+    assert options(settings) == ["--staleness-aware=false"]
+    _, bound, _ = app.parse_args(["train", *options(settings)], exit_on_error=False, print_error=False)
+    assert bound.kwargs["settings"] == settings
+    assert options(Settings(staleness_aware=True)) == ["--staleness-aware"]
 
 
 def test_the_command_is_lasgd_train_with_the_run_folder(tmp_path):

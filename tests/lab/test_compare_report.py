@@ -80,6 +80,12 @@ def test_the_mean_is_over_the_seeds_that_reached_it_and_the_table_says_how_many(
     assert "with some seeds only: a (1 of 2 seeds)" in words.reading(found, "fast")
 
 
+def test_there_is_no_ratio_to_a_reference_that_never_got_there(tmp_path):
+    found = source(tmp_path, plan("a,b", reference="b", target=0.7), b={"top1": (0.1, 0.2)})
+    assert cells(tables.to_target(found, "fast"), "a")["sooner than b"] == "-"
+    assert words.reading(found, "fast") == "a reached the target first, after 7.50 s; never reached by b."
+
+
 def test_the_spread_over_seeds_is_shown(tmp_path):
     asked = plan("a", reference="a", target=0.7, seeds=(0, 1))
     runs = {cell: {"wall_s": 10.0 * (1 + cell.seed)} for seed in (0, 1) for cell in asked.cells(seed, "fast")}

@@ -68,6 +68,13 @@ def test_steps_per_second_count_every_rank(tmp_path):
     assert figures(read_folder(tmp_path))["steps_per_s"] == pytest.approx(2 * 50 / 10)
 
 
+def test_time_that_no_step_accounts_for_counts_against_the_algorithm(tmp_path):
+    rank = {"local_steps": 50, "compute_s": 5.0, "waited_s": 0.0, "bytes_sent": 0}
+    ranks = [rank | {"rank": 0, "staleness_steps": {"mean": 0.0, "max": 0.0}}]
+    write_run_folder(tmp_path, Cell(A, "fast", 0), wall_s=10.0, ranks=ranks)
+    assert figures(read_folder(tmp_path))["steps_per_s"] == pytest.approx(50 / 10)
+
+
 def test_independent_ranks_are_judged_by_their_own_time(tmp_path):
     ranks = [
         {"rank": 0, "local_steps": 50, "compute_s": 5.0},

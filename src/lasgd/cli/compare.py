@@ -258,7 +258,7 @@ def _command(plan: Plan, out: Path) -> str:
         words += ["--condition", condition]
     words += ["--seeds", ",".join(map(str, plan.seeds))]
     if plan.lr_grid:
-        words += ["--lr-grid", ",".join(f"{lr:g}" for lr in plan.lr_grid), "--tune", plan.tune]
+        words += ["--lr-grid", ",".join(f"{lr:.12g}" for lr in plan.lr_grid), "--tune", plan.tune]
     if plan.target is not None:
         words += ["--target", f"{plan.target:g}"]
     return shlex.join([*words, "--reference", plan.reference, *options(plan.shared), "--out", str(out)])

@@ -83,4 +83,6 @@ _PLURALS = {"seed": "Give --seeds.", "condition": "Give --condition, once for ea
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

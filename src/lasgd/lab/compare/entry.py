@@ -31,11 +31,13 @@ def options(settings: Settings) -> list[str]:
     words: list[str] = []
     for name in type(settings).model_fields:
         value = getattr(settings, name)
-        if name not in settings.model_fields_set or value is None or value is False:
+        if name not in settings.model_fields_set or value is None:
             continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(str(value))
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else f"{option}=false")
+        else:
+            words += [option, str(value)]
     return words
 
 

@@ -48,7 +48,7 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Relative to the comparison's."""
-        name = f"seed-{self.seed}" + ("" if self.lr is None else f"-lr-{self.lr:g}")
+        name = f"seed-{self.seed}" + ("" if self.lr is None else f"-lr-{self.lr:.12g}")
         return Path("tuning" if self.is_virtual else "runs") / condition_slug(self.condition) / self.entry.slug / name
 
 
