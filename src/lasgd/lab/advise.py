@@ -369,7 +369,7 @@ class _Lab:
             all_reduce=self.all_reduce,
         )
         waits = _Waits(self.ranks)
-        replicas = [TimingReplica(self.vector, Tally(plan.batch_size), fragments) for _ in range(self.ranks)]
+        replicas = [TimingReplica(self.vector, Tally(plan.batch_size, rank), fragments) for rank in range(self.ranks)]
         cluster, paces = cluster_of(plan, replicas, record=waits)
         cluster.run()
         waits.close()

@@ -163,7 +163,7 @@ class SimulatedRun:
 
     def _start_without_gradients(self) -> None:
         first_cut, size = self.plan.first_cut, self.plan.batch_size
-        replicas = [TimingReplica(self.vector, Tally(size), first_cut) for _ in range(self.ranks)]
+        replicas = [TimingReplica(self.vector, Tally(size, rank), first_cut) for rank in range(self.ranks)]
         self.cluster, self.paces = cluster_of(self.plan, replicas, None, self._record, len(self.timelines))
 
     def _start_with_gradients(self) -> None:
@@ -185,8 +185,8 @@ class SimulatedRun:
             for rank, model in enumerate(models)
         ]
         replicas = [
-            Replica(model, Tally(settings.batch_size), self.plan.first_cut, merge_rule(settings.merge))
-            for model in models
+            Replica(model, Tally(settings.batch_size, rank), self.plan.first_cut, merge_rule(settings.merge))
+            for rank, model in enumerate(models)
         ]
         for replica, work in zip(replicas, self._works, strict=True):
             replica.on_recovery = work.optimizer.state.clear

@@ -165,7 +165,7 @@ def plan(
     samples = budget_without_data(settings, world_size) if data is None else budget(settings, data, world_size)
     compute, network = cluster(settings, world_size, own_step_s)
     return Plan(
-        registry.find(settings.algorithm),
+        registry.find(settings.algorithm, settings.algorithm_settings()),
         ranks=world_size,
         compute=compute,
         network=network,

@@ -3,9 +3,9 @@
     cluster = Cluster(lasgd.compute, lasgd.communicate, ranks, [pace], all_reduce_s, vector_bytes)
     cluster.run()
 
-Each rank is two processes, the algorithm's `compute` and `communicate` generators; what they ask for takes virtual
-time, and the clock jumps from one moment to the next. `clock.py` keeps what is to come: things at the same moment
-happen in the order in which they were foreseen, so the same input gives the same run.
+Each rank is two or three processes, the algorithm's `compute`, `communicate` and `exchange` generators; what they ask
+for takes virtual time, and the clock jumps from one moment to the next. `clock.py` keeps what is to come: things at the
+same moment happen in the order in which they were foreseen, so the same input gives the same run.
 
     request          answered
     Gradient         after the rank's next duration
@@ -13,56 +13,53 @@ happen in the order in which they were foreseen, so the same input gives the sam
     NextRound        not_before_s after the latest mean arrived here, but not before the rank's first gradient
     AllReduceMean    all_reduce_s after the last rank has joined, on all ranks at the same time; gradients sooner, by
                      what their buckets overlap with the backward pass
+    Begin            at once; what it has begun goes on as AllReduceMean does
+    Join             when that is over, at once if it is
+    ExchangeEnded    when the rank's `exchange` is over
+    messages         see mail.py
 
 All ranks share one agreement (`Pace`): its conclusions are equal on all ranks by construction, and it takes in each
-round once. Ranks that agree on nothing have one each.
+round once. Ranks that agree on nothing have one each. Where ranks write to each other the local steps that would begin
+after the agreed end are not taken, and what `compute` does instead of them takes no time.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from struct import Struct
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lasgd.algorithms.requests import AllReduceMean, Answer, Gradient, Mean, NextRound, Request, Update
+from lasgd.algorithms.requests import (
+    AllReduceMean,
+    Answer,
+    Begin,
+    ExchangeEnded,
+    Gradient,
+    Join,
+    Mean,
+    NextRound,
+    Update,
+)
 from lasgd.errors import ConfigurationError, ProtocolError
 from lasgd.group.cost import ring_bytes_sent
 from lasgd.pace import Column, Pace, header_row
-from lasgd.tally import Tally
 from lasgd.virtual.buckets import NO_OVERLAP, Buckets
 from lasgd.virtual.clock import Clock
+from lasgd.virtual.mail import WAITING, Mail, Waiting
+from lasgd.virtual.network_models import Network
+from lasgd.virtual.own_pace import OwnPace
+from lasgd.virtual.process import Arrival, Moment, Process, Rank, Record, Text, Work
+from lasgd.virtual.spread import mean_replica
 
-Text = Callable[[Any, Pace], Generator[Request, Answer, None]]
-"""`compute` or `communicate` of an algorithm."""
+__all__ = ["AllReduceSeconds", "Cluster", "Means", "Rank", "Record", "Text", "Work"]
 
 AllReduceSeconds = Callable[[int, float], float]
 """(bytes, share of the whole vector) -> seconds, from when the last rank has joined."""
-
-Record = Callable[[int, str, float, float], None]
-"""(rank, kind, begin_s, end_s): `compute`, `round`, `wait`, `update`, as real runs record them."""
-
-
-class Work(Protocol):
-    """What a rank really computes, where it does: gradients of its own model on its own data."""
-
-    def begin(self) -> None:
-        """The next gradient is asked for. Until `gradient` is called nobody changes the replica, so it may be computed
-        meanwhile."""
-        ...
-
-    def gradient(self) -> None:
-        """Forward and backward on the next batch, at the replica's present values: done when this returns."""
-        ...
-
-    def update(self, progress: float) -> None:
-        """The optimizer's step. `progress`, 0 to 1, is the agreed one, for the learning rate."""
-        ...
 
 
 class Means(Protocol):
@@ -75,83 +72,6 @@ class Means(Protocol):
     def take(self, begin: int, values: Tensor, pace: Pace) -> None:
         """One round's mean of the elements from `begin` on. Copies what it needs."""
         ...
-
-
-@dataclass(slots=True)
-class Rank:
-    """One rank of the cluster: what the caller brings, and what came of it."""
-
-    replica: Any
-    """A Replica or a TimingReplica."""
-    durations: Iterator[float]
-    """Seconds of its local steps, one after the other."""
-    work: Work | None = None
-    bytes_sent: int = 0
-    compute_s: float = 0.0
-    left_s: float | None = None
-    """When it took its last local step."""
-
-    @property
-    def tally(self) -> Tally:
-        """The rank's own counts."""
-        return self.replica.tally
-
-
-class _Process:
-    """One generator of one rank, and what the driver remembers of it."""
-
-    __slots__ = (
-        "act",
-        "arrived_s",
-        "duration_s",
-        "first_gradient",
-        "index",
-        "is_compute",
-        "joined_s",
-        "next_duration",
-        "pace",
-        "rank",
-        "record",
-        "request",
-        "round_parts",
-        "round_s",
-        "send",
-        "since_s",
-        "tally",
-        "work",
-    )
-
-    def __init__(
-        self,
-        index: int,
-        rank: Rank,
-        pace: Pace,
-        is_compute: bool,
-        text: Generator[Request, Answer, None],
-        act: Callable[[_Process], None],
-        record: Record | None,
-    ):
-        self.act = act  # when its moment has come
-        self.record = record
-        self.index, self.rank, self.pace, self.is_compute = index, rank, pace, is_compute
-        self.send, self.next_duration, self.tally = text.send, rank.durations.__next__, rank.tally
-        self.work = rank.work
-        self.duration_s = 0.0  # of the step under way or just done
-        self.since_s: float | None = None  # when it went on after waiting within the present step
-        self.first_gradient: tuple[_Process, float] | None = None  # who waits for it, and how long after it
-        self.request: AllReduceMean | None = None  # what it has joined with, and since when it waits
-        self.joined_s = 0.0
-        self.arrived_s: float | None = None  # when its latest mean came
-        self.round_s, self.round_parts = 0.0, 0
-
-
-class _Arrival:
-    """The end of an all-reduce."""
-
-    __slots__ = ("act", "joined")
-
-    def __init__(self, act: Callable[[_Arrival], None], joined: Sequence[_Process]):
-        self.act, self.joined = act, joined  # by rank
 
 
 _ROW = Struct(f"{len(Column)}d")
@@ -172,11 +92,14 @@ class Cluster:
         recorded_ranks: int | None = None,
         means: Means | None = None,
         buckets: Buckets = NO_OVERLAP,
+        exchange: Text | None = None,
+        messages_over: Network | None = None,
     ):
         """`paces` has one agreement, for all ranks, or one for each. Raises ConfigurationError without any rank.
 
         `record` is told of the first `recorded_ranks` ranks only (None: of all).
         `buckets`: how gradients are cut for their all-reduce, which then overlaps with the backward pass.
+        `messages_over`: what carries the messages that ranks write to each other; None: they write none.
         """
         if not ranks:
             raise ConfigurationError("a cluster needs at least one rank")
@@ -187,16 +110,18 @@ class Cluster:
         """`stop` came before the end."""
         self.rounds = 0
         self.ranks = ranks
-        self._compute, self._communicate = compute, communicate
+        self._compute, self._communicate, self._exchange = compute, communicate, exchange
         self._paces, self._all_reduce_s, self._vector_bytes = paces, all_reduce_s, vector_bytes
         self._record, self._means, self._buckets = record, means, buckets
         self._recorded_ranks = len(ranks) if recorded_ranks is None else recorded_ranks
-        self._processes: list[_Process] = []  # of compute, by rank
-        self._joining: list[_Process | None] = [None] * len(ranks)  # by rank
+        self._processes: list[Process] = []  # of compute, by rank
+        self._exchanging: list[Process] = []  # of exchange, by rank; empty where there is none
+        self._writes_messages = messages_over is not None
+        self._mail = None if messages_over is None else Mail(self.clock, messages_over, vector_bytes, self)
+        self._joining: list[Process | None] = [None] * len(ranks)  # by rank
         self._n_joined = 0
         self._bytes_sent = 0  # by each rank, in all-reduces
         self._ready_s = 0.0  # when the last rank had the first bucket of its gradients
-        self._averages_gradients = False
         self._table = torch.zeros(len(ranks), len(Column), dtype=torch.float64)
         self._rows: Any = self._table.numpy().data.cast("B")
 
@@ -214,8 +139,9 @@ class Cluster:
             self._leave_all()
             return
         waiting = [process.index for process in self._processes if process.first_gradient is not None]
-        if self._n_joined or waiting:
-            raise ProtocolError(self._deadlock(waiting))
+        receiving = [] if self._mail is None else self._mail.waiting()
+        if self._n_joined or waiting or receiving:
+            raise ProtocolError(self._deadlock(waiting, receiving))
         self._forget_processes()
         for rank in self.ranks:
             rank.replica.show_average()  # where the text has left one to be shown
@@ -237,65 +163,99 @@ class Cluster:
 
     def _forget_processes(self) -> None:
         """They know this cluster, and a cycle would keep all ranks until somebody looks for it."""
-        self._processes.clear()
+        self._processes, self._exchanging, self._mail = [], [], None
         for rank in self.ranks:
             rank.bytes_sent += self._bytes_sent
 
     def _begin(self) -> None:
         for rank in self.ranks:
             rank.tally.start_clock(0.0)
-        for text, act in ((self._compute, self._gradient_is_there), (self._communicate, self._advance)):
-            if text is None:
-                continue
-            processes = [self._process(index, text, act) for index in range(len(self.ranks))]
-            self._processes = self._processes or processes
-            for process in processes:
-                self._advance(process)
+        act = self._gradient_is_there if self._mail is None else self._gradient_before_messages
+        computing = self._processes = self._processes_of(self._compute, act)
+        communicating = self._processes_of(self._communicate, self.advance)
+        exchanging = self._exchanging = self._processes_of(self._exchange, self.advance)
+        if self._mail is not None:
+            self._mail.open(computing, exchanging)
+        for process in (*computing, *communicating, *exchanging):
+            self.advance(process)
 
-    def _process(self, index: int, text: Text, act: Callable[[_Process], None]) -> _Process:
+    def _processes_of(self, text: Text | None, act: Callable[[Process], None]) -> list[Process]:
+        return [] if text is None else [self._process(index, text, act) for index in range(len(self.ranks))]
+
+    def _process(self, index: int, text: Text, act: Callable[[Process], None]) -> Process:
         rank, pace = self.ranks[index], self._paces[index % len(self._paces)]
+        if self._communicate is None:
+            pace = OwnPace(pace)
         record = self._record if index < self._recorded_ranks else None
-        return _Process(index, rank, pace, text is self._compute, text(rank.replica, pace), act, record)
+        return Process(index, rank, pace, text is self._compute, text(rank.replica, pace), act, record)
 
     # Processes
 
-    def _gradient_is_there(self, process: _Process) -> None:
+    def _gradient_is_there(self, process: Process) -> None:
         """The end of a gradient's duration."""
         if process.work is not None:
             process.work.gradient()
         if process.first_gradient is not None:
-            waiting, after_s = process.first_gradient
-            process.first_gradient = None
-            self.clock.at(self.clock.now_s + after_s, waiting)
-        self._advance(process)
+            waiting, process.first_gradient = process.first_gradient, None
+            for actor, after_s in waiting:
+                self.clock.at(self.clock.now_s + after_s, actor)
+        self.advance(process)
 
-    def _advance(self, process: _Process, answer: Answer = None) -> None:
+    def _gradient_before_messages(self, process: Process) -> None:
+        process.gradient_of = process.tally.local_steps
+        self._gradient_is_there(process)
+
+    def advance(self, process: Process, answer: Answer = None) -> None:
         """Resumes a process, and answers at once what takes no time."""
         send = process.send
         try:
             request = send(answer)
-            while type(request) is Update:
-                self._update(process)
-                request = send(None)
+            while True:
+                if type(request) is Gradient:
+                    if process.pace.end is None:
+                        break
+                    if not self._writes_messages:
+                        self._close(process)
+                        return
+                    self._leave(process)
+                    answer = None
+                elif type(request) is Update:
+                    self._update(process)
+                    answer = None
+                else:
+                    answer = self._ask(process, request)
+                    if answer is WAITING:
+                        return
+                request = send(answer)
         except StopIteration:
             self._close(process)
             return
-        if type(request) is Gradient:
-            if process.pace.end is not None:
-                self._close(process)
-                return
-            if process.work is not None:
-                process.work.begin()
-            process.duration_s = duration_s = process.next_duration()
-            self.clock.at(self.clock.now_s + duration_s, process)
-        elif isinstance(request, NextRound):
-            self._wait_due(process, request)
-        elif isinstance(request, AllReduceMean):
-            self._join(process, request)
-        else:
-            raise ProtocolError(f"rank {process.index}: nobody can answer {type(request).__name__} in virtual time")
+        if process.work is not None:
+            process.work.begin()
+        process.duration_s = duration_s = process.next_duration()
+        self.clock.at(self.clock.now_s + duration_s, process)
 
-    def _update(self, process: _Process) -> None:
+    def _ask(self, process: Process, request: Any) -> Answer | Waiting:
+        if isinstance(request, NextRound):
+            return self._wait_due(process, request)
+        if isinstance(request, AllReduceMean):
+            return self._join(process, request)
+        if isinstance(request, Begin):
+            process.is_travelling = True
+            self._join(process, request.request)
+            return None
+        if isinstance(request, Join):
+            return self._wait_arrival(process)
+        if isinstance(request, ExchangeEnded):
+            return self._wait_exchange_ended(process)
+        if self._mail is not None:
+            with suppress(LookupError):
+                return self._mail.ask(process, request)
+        raise ProtocolError(f"rank {process.index}: nobody can answer {type(request).__name__} in virtual time")
+
+    def _update(self, process: Process) -> None:
+        if process.rank.left_s is not None:
+            return  # of a step that was not taken
         now_s, tally = self.clock.now_s, process.tally
         if process.work is not None:
             process.work.update(process.pace.progress)
@@ -306,44 +266,67 @@ class Cluster:
                 process.record(process.index, "update", process.since_s, now_s)
         process.since_s = None
         tally.count_step(now_s)
-        if self._averages_gradients and process.index == 0 and self._means is not None:
-            self._keep_common_replica(process)
 
-    def _keep_common_replica(self, process: _Process) -> None:
-        """Where gradients are averaged replicas do not differ, and each is the mean."""
-        assert self._means is not None
-        if self._means.is_wanted(process.pace):
-            replica = process.rank.replica
-            self._means.take(0, replica.snapshot(replica.fragments[0]).values, process.pace)
+    def _wait_exchange_ended(self, process: Process) -> Waiting | None:
+        """`compute` asks for it when it takes no more local steps."""
+        self._leave(process)
+        if not self._exchanging or self._exchanging[process.index].has_ended:
+            return None
+        process.waits_since_s = self.clock.now_s
+        return WAITING
 
-    def _close(self, process: _Process) -> None:
-        tally = process.tally
-        if process.is_compute:
-            process.rank.left_s, process.rank.compute_s = self.clock.now_s, tally.boundary_s - tally.waited_s
+    def _leave(self, process: Process) -> None:
+        """Takes no more local steps."""
+        rank, tally = process.rank, process.tally
+        if rank.left_s is None:
+            rank.left_s, rank.compute_s = self.clock.now_s, tally.boundary_s - tally.waited_s
             tally.has_left = True
+
+    def _close(self, process: Process) -> None:
+        process.has_ended = True
+        if process.is_compute:
+            self._leave(process)
+        elif self._exchanging and process is self._exchanging[process.index]:
+            self._exchange_has_ended(process)
         self._note_end(process.pace)
+
+    def _exchange_has_ended(self, process: Process) -> None:
+        computing = self._processes[process.index]
+        if computing.rank.left_s is not None and computing.waits_since_s is not None:
+            computing.waits_since_s = None
+            self.advance(computing)
 
     def _note_end(self, pace: Pace) -> None:
         if self.ended_s is None and pace.end is not None:
             self.ended_s = self.clock.now_s
+            if self._mail is not None:
+                self.clock.at(self.clock.now_s, Moment(self._end_waiting))
+
+    def _end_waiting(self, moment: Moment) -> None:
+        if self._mail is not None:
+            self._mail.end()
 
     # Rounds
 
-    def _wait_due(self, process: _Process, request: NextRound) -> None:
+    def _wait_due(self, process: Process, request: NextRound) -> Waiting:
         now_s = self.clock.now_s
         if process.arrived_s is not None:
             self.clock.at(max(process.arrived_s + request.not_before_s, now_s), process)
         elif process.tally.local_steps or process.rank.left_s is not None:
             self.clock.at(now_s + request.not_before_s, process)
         else:
-            self._processes[process.index].first_gradient = (process, request.not_before_s)
+            computing = self._processes[process.index]
+            computing.first_gradient = [*(computing.first_gradient or ()), (process, request.not_before_s)]
+        return WAITING
 
-    def _join(self, process: _Process, request: AllReduceMean) -> None:
+    def _join(self, process: Process, request: AllReduceMean) -> Waiting:
         index, now_s, replica, sent = process.index, self.clock.now_s, process.rank.replica, request.sent
         row = header_row(process.tally, sent.weight, replica.is_sitting_out, process.round_s, process.round_parts)
         _ROW.pack_into(self._rows, index * _ROW.size, *row)
         process.round_parts = len(replica.fragments)
         process.request, process.joined_s = request, now_s
+        if request.exact and process.is_compute:
+            self._leave(process)
         if sent.is_gradient:
             before_s = self._buckets.ready_before_end_s(sent.values.nbytes, process.duration_s)
             self._ready_s = max(self._ready_s, now_s - before_s)
@@ -353,6 +336,7 @@ class Cluster:
         self._n_joined += 1
         if self._n_joined == len(self.ranks):
             self._all_have_joined()
+        return WAITING
 
     def _all_have_joined(self) -> None:
         joined: list[Any] = self._joining
@@ -363,48 +347,102 @@ class Cluster:
             raise ProtocolError(f"round {self.rounds + 1}: ranks contribute vectors of {sorted(sizes)} bytes")
         (n_bytes,) = sizes
         now_s = self.clock.now_s
+        if joined[0].request.exact:
+            self._note_end(joined[0].pace)
         end_s = now_s + self._seconds(n_bytes)
         if joined[0].request.sent.is_gradient:
             last_bytes = self._buckets.last_bytes(n_bytes)
             end_s = min(end_s, max(now_s + self._seconds(last_bytes), self._ready_s + end_s - now_s))
             self._ready_s = 0.0
-        self.clock.at(end_s, _Arrival(self._deliver, joined))
+        self.clock.at(end_s, Arrival(self._deliver, joined))
 
     def _seconds(self, n_bytes: int) -> float:
         return self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
 
-    def _deliver(self, arrival: _Arrival) -> None:
+    def _deliver(self, arrival: Arrival) -> None:
         joined = arrival.joined
-        now_s, advance = self.clock.now_s, self._advance
+        now_s = self.clock.now_s
         self.rounds += 1
         requests: list[Any] = [process.request for process in joined]
         mean = Mean(_mean(requests), self._table)
-        first = requests[0]
-        if self._means is not None and isinstance(mean.values, Tensor):
-            self._averages_gradients = first.sent.is_gradient
-            if not first.exact and not first.sent.is_gradient:
-                self._means.take(first.sent.begin, mean.values, self._paces[0])
+        first, is_travelling = requests[0], joined[0].is_travelling
+        waits = joined[0].is_compute and not first.exact and not is_travelling
+        if not waits and not first.exact:
+            self._keep_mean(first, mean)
         self._bytes_sent += ring_bytes_sent(first.sent.values.nbytes + self._table.nbytes, len(joined))
         for process in joined:
             process.arrived_s, process.round_s = now_s, now_s - process.joined_s
             if process.record is not None:
                 process.record(process.index, "round", process.joined_s, now_s)
-            if process.is_compute:
-                self._has_waited(process, first.sent.is_gradient)
-            advance(process, mean)
+            if is_travelling:
+                self._has_travelled(process, mean)
+                continue
+            if waits:
+                self._has_waited(process, process.joined_s, first.sent.is_gradient)
+            self.advance(process, mean)
+        if is_travelling:
+            return  # who reads it later knows the end later
         self._note_end(joined[0].pace)
+        if not first.exact and (waits or self._writes_messages):
+            self._keep_replica()
 
-    def _has_waited(self, process: _Process, within_a_step: bool) -> None:
-        now_s, joined_s = self.clock.now_s, process.joined_s
-        process.tally.waited_s += now_s - joined_s
+    def _wait_arrival(self, process: Process) -> Mean | Waiting:
+        """The end of the round that this process has begun."""
+        outcome, process.outcome = process.outcome, None
+        if outcome is None:
+            process.waits_since_s = self.clock.now_s
+            return WAITING
+        return outcome
+
+    def _has_travelled(self, process: Process, mean: Mean) -> None:
+        process.is_travelling = False
+        since_s, process.waits_since_s = process.waits_since_s, None
+        if since_s is None:
+            process.outcome = mean
+        else:
+            self._has_waited(process, since_s, within_a_step=False)
+            self.advance(process, mean)
+
+    def _has_waited(self, process: Process, since_s: float, within_a_step: bool) -> None:
+        now_s = self.clock.now_s
+        process.tally.waited_s += now_s - since_s
         if process.record is not None:
-            process.record(process.index, "wait", joined_s, now_s)
+            process.record(process.index, "wait", since_s, now_s)
         if within_a_step:
             process.since_s = now_s
         else:
             process.tally.start_clock(now_s)
 
-    def _deadlock(self, waiting_for_gradient: Sequence[int]) -> str:
+    def begin_to_wait(self, process: Process) -> None:
+        """`compute` waits for a message."""
+        if process.record is not None and process.since_s is None and process.gradient_of == process.tally.local_steps:
+            process.record(process.index, "compute", process.tally.boundary_s, self.clock.now_s)
+
+    def end_to_wait(self, process: Process, is_stopped: bool = False) -> None:
+        """The message is there; or it never will be, and what is done of the local step is dropped."""
+        since_s, process.waits_since_s = process.waits_since_s, None
+        if since_s is not None and process.rank.left_s is None:
+            within_a_step = process.gradient_of == process.tally.local_steps
+            self._has_waited(process, since_s, within_a_step and not is_stopped)
+
+    # Means, for evaluation
+
+    def _keep_mean(self, request: AllReduceMean, mean: Mean) -> None:
+        """Of a round that no rank waited for: replicas were equal to it at no moment."""
+        if self._means is not None and isinstance(mean.values, Tensor) and mean.values.numel():
+            self._means.take(request.sent.begin, mean.values, self._paces[0])
+
+    def _keep_replica(self) -> None:
+        """After a round: the replica, where all are equal now; else their mean."""
+        if self._means is None or not self._means.is_wanted(self._paces[0]):
+            return
+        replicas = [rank.replica for rank in self.ranks]
+        vector = mean_replica(replicas) if self._writes_messages else replicas[0].parameters()
+        self._means.take(0, vector, self._paces[0])
+
+    def _deadlock(
+        self, waiting_for_gradient: Sequence[int], receiving: Sequence[tuple[int, int | None]] = ()
+    ) -> str:
         joined = [process.index for process in self._joining if process is not None]
         missing = [index for index, process in enumerate(self._joining) if process is None]
         lines = [f"virtual time {self.now_s:g} s: nothing can happen any more."]
@@ -412,6 +450,8 @@ class Cluster:
             lines.append(f"{_ranks(joined)} in round {self.rounds + 1} wait for {_ranks(missing)}.")
         if waiting_for_gradient:
             lines.append(f"{_ranks(waiting_for_gradient)} wait for their own first gradient.")
+        for rank, peer in receiving[:8]:
+            lines.append(f"rank {rank} waits for a message from {'anybody' if peer is None else f'rank {peer}'}.")
         return " ".join(lines)
 
 
@@ -420,6 +460,8 @@ def _mean(requests: Sequence[AllReduceMean]) -> Any:
     first = requests[0].sent.values
     if not isinstance(first, Tensor):
         return first
+    if not first.numel():  # the header alone
+        return first if any(request.sent.weight for request in requests) else None
     contributions = [request.sent for request in requests]
     weight = sum(contribution.weight for contribution in contributions)
     if not weight:

@@ -15,7 +15,7 @@ from lasgd.tally import Tally
 
 
 class Size(NamedTuple):
-    """Stands for a tensor of which only the size matters."""
+    """Stands for a tensor of which only the size matters: what texts do to vectors leaves it as it is."""
 
     elements: int
     nbytes: int
@@ -23,6 +23,43 @@ class Size(NamedTuple):
     def numel(self) -> int:
         """Number of elements."""
         return self.elements
+
+    def clone(self) -> Size:
+        """A size is never changed, and needs no copy."""
+        return self
+
+    def zero_(self) -> Size:
+        """As Tensor's."""
+        return self
+
+    def mul_(self, factor: float) -> Size:
+        """As Tensor's, with a number."""
+        return self
+
+    def div_(self, divisor: float) -> Size:
+        """As Tensor's, with a number."""
+        return self
+
+    def add_(self, other: Size, alpha: float = 1.0) -> Size:
+        """As Tensor's; raises ValueError for another size."""
+        return self._with(other)
+
+    def sub_(self, other: Size, alpha: float = 1.0) -> Size:
+        """As Tensor's; raises ValueError for another size."""
+        return self._with(other)
+
+    def lerp_(self, end: Size, weight: float) -> Size:
+        """As Tensor's; raises ValueError for another size."""
+        return self._with(end)
+
+    def copy_(self, source: Size) -> Size:
+        """As Tensor's; raises ValueError for another size."""
+        return self._with(source)
+
+    def _with(self, other: Size) -> Size:
+        if other != self:
+            raise ValueError(f"a vector of {self.elements} elements meets one of {other.elements}")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +119,10 @@ class TimingReplica:
             self._snapshot_step[fragment.index] = self._sent_step
             self._arrived.append(fragment.index)
 
+    def presence(self) -> Contribution:
+        """See Replica."""
+        return _PRESENCE
+
     def gradient(self) -> Contribution:
         """See Replica."""
         return self.fragments[0].gradient
@@ -125,6 +166,10 @@ class TimingReplica:
             if steps:
                 self._snapshot_step[fragment.index] = min(steps)
                 self._arrived.append(fragment.index)
+
+
+_NOTHING: Any = Size(0, 0)
+_PRESENCE = Contribution(_NOTHING, weight=1.0)
 
 
 class Vector:
