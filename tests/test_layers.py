@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "fences": set(),
     "stalls": set(),
     "layout": {"errors"},
-    "pace": {"algorithms.requests", "tally"},
+    "pace": {"algorithms.requests", "errors", "tally"},
     "replica": {"algorithms.requests", "errors", "fences", "layout", "merge", "tally"},
     "algorithms": {"algorithms", "pace", "replica", "errors"},
     "group": {"group", "errors"},

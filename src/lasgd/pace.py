@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lasgd.algorithms.requests import Failure, Mean
+from lasgd.errors import ConfigurationError
 from lasgd.tally import Tally
 
 
@@ -36,6 +37,7 @@ class Column(IntEnum):
     LEFT = 7  # 1: this rank takes no more local steps
     STOP = 8  # 1: this rank asks for an early end
     SAVED = 9  # number of the newest checkpoint that this rank has on disk, free of NaN and Inf
+    ELAPSED_S = 10  # from the start of the run to this rank's latest step boundary
 
 
 def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> tuple[float, ...]:
@@ -51,13 +53,14 @@ def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts
         tally.has_left,
         tally.wants_stop,
         tally.saved_checkpoint,
+        tally.elapsed_s,
     )
 
 
 class End(Enum):
     """Why the run ends."""
 
-    SAMPLES = "the budget of samples is reached"
+    SAMPLES = "the budget of samples or seconds is reached"
     LEFT = "every rank has left"
     STOP = "a rank asked for an early end"
     DIVERGED = "every rank holds NaN or Inf"
@@ -88,19 +91,25 @@ class Pace:
     def __init__(
         self,
         world_size: int,
-        samples: int,
+        samples: int | None,
         steps_per_round: float = 1.0,
         fragments: int | Literal["auto"] = 1,
         evaluations: int = 0,
         checkpoints: int = 0,
+        seconds: float | None = None,
     ):
+        """The budget is `samples` of all ranks together, or `seconds` from the start of the run."""
+        if (samples is None) == (seconds is None):
+            raise ConfigurationError("the budget is either a number of samples or one of seconds")
         self.world_size = world_size
-        self.budget = samples
+        self.budget, self.budget_s = samples, seconds
         self.steps_per_round = steps_per_round
         self.fragments = 1 if fragments == "auto" else fragments
         self.round = 0
         """Finished rounds."""
         self.samples = 0
+        self.elapsed_s = 0.0
+        """Seconds from the start of the run to the latest step boundary of any rank."""
         self.due_s = 0.0
         """The next round begins no earlier than this many seconds after the latest one has ended."""
         self.pause_s = IDLE_S
@@ -127,8 +136,22 @@ class Pace:
 
     @property
     def progress(self) -> float:
-        """Share of the budget that all ranks together have processed, 0 to 1, as of the latest round."""
-        return min(1.0, self.samples / self.budget)
+        """Share of the budget that all ranks together have used, 0 to 1, as of the latest round."""
+        return min(1.0, self._used(1))
+
+    @property
+    def expected_samples(self) -> int:
+        """Samples that the run will have processed at its end; of a budget in seconds an estimate, 0 at the start."""
+        if self.budget is not None:
+            return self.budget
+        return round(self.samples / self.progress) if self.progress else 0
+
+    def _used(self, parts: int) -> float:
+        """How many of so many equal parts of the budget are used; exact where the budget is in samples."""
+        if self.budget is not None:
+            return self.samples * parts / self.budget
+        assert self.budget_s is not None
+        return self.elapsed_s * parts / self.budget_s
 
     def header(self, rank: int, tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> Tensor:
         """This rank's table for the next round; valid until the next call.
@@ -156,6 +179,7 @@ class Pace:
         table = outcome.header.numpy()
         self.round += 1
         self.samples = int(table[:, Column.SAMPLES].sum())
+        self.elapsed_s = float(table[:, Column.ELAPSED_S].max())
         self.durable_checkpoint = int(table[:, Column.SAVED].min())
         self._agree_on_time(table)
         self._agree_on_marks()
@@ -171,17 +195,17 @@ class Pace:
         """Takes the own share of the budget for the whole of it: for ranks that agree on nothing."""
         if self.end is not None:
             return
-        self.samples = tally.samples * self.world_size
+        self.samples, self.elapsed_s = tally.samples * self.world_size, tally.elapsed_s
         self._agree_on_marks()
         if tally.wants_stop or tally.has_left:
             self.checkpoint += tally.wants_stop
             self.end = End.STOP if tally.wants_stop else End.LEFT
-        elif self.samples >= self.budget:
+        elif self._used(1) >= 1:
             self.end = End.SAMPLES
 
-    def resume(self, round_: int, samples: int, checkpoint: int, evaluation: int) -> None:
+    def resume(self, round_: int, samples: int, checkpoint: int, evaluation: int, elapsed_s: float = 0.0) -> None:
         """Goes on from a checkpoint's agreement; the same values on every rank."""
-        self.round, self.samples = round_, samples
+        self.round, self.samples, self.elapsed_s = round_, samples, elapsed_s
         self.checkpoint, self.evaluation, self.durable_checkpoint = checkpoint, evaluation, checkpoint
         self._passed_checkpoints = self._passed(self._checkpoints)
 
@@ -199,17 +223,21 @@ class Pace:
 
     def _pause_s(self, table: np.ndarray, step_s: float) -> float:
         """Seconds from one round's begin to the next: `steps_per_round` local steps, or until something is due."""
+        until_due_s = self._until_next_mark_s(table)
+        return min(self.steps_per_round * step_s, max(step_s, min(LONGEST_PAUSE_S, until_due_s)))
+
+    def _until_next_mark_s(self, table: np.ndarray) -> float:
+        """Until the next checkpoint, evaluation or the end is due, at the ranks' present speeds."""
+        left = min(
+            (math.floor(self._used(n)) + 1 - self._used(n)) / n for n in (1, self._checkpoints, self._evaluations) if n
+        )
+        if self.budget is None:
+            assert self.budget_s is not None
+            return left * self.budget_s
         steps, duration_s = table[:, Column.LOCAL_STEPS], table[:, Column.STEP_S]
         working = (steps > 0) & (duration_s > 0) & (table[:, Column.LEFT] == 0)
         samples_per_s = (table[working, Column.SAMPLES] / steps[working] / duration_s[working]).sum()
-        until_due_s = (self._next_mark() - self.samples) / samples_per_s if samples_per_s else math.inf
-        return min(self.steps_per_round * step_s, max(step_s, min(LONGEST_PAUSE_S, until_due_s)))
-
-    def _next_mark(self) -> float:
-        """Samples at which the next checkpoint, evaluation or the end is due."""
-        marks = [self.budget]
-        marks += [(self._passed(n) + 1) * self.budget / n for n in (self._checkpoints, self._evaluations) if n]
-        return min(marks)
+        return left * self.budget / samples_per_s if samples_per_s else math.inf
 
     def _agree_on_marks(self) -> None:
         passed = self._passed(self._checkpoints)
@@ -220,7 +248,8 @@ class Pace:
 
     def _passed(self, marks: int) -> int:
         """How many of `marks` equal parts of the budget are behind us; the end is no mark."""
-        return min(max(marks - 1, 0), self.samples * marks // self.budget)
+        used = self.samples * marks // self.budget if self.budget is not None else int(self._used(marks))
+        return min(max(marks - 1, 0), used)
 
     def _agree_on_health(self, table: np.ndarray) -> None:
         sick = frozenset(table[:, Column.SICK].nonzero()[0].tolist())
@@ -233,7 +262,7 @@ class Pace:
         if table[:, Column.STOP].any():
             self.checkpoint += 1
             return End.STOP
-        if self.samples >= self.budget:
+        if self._used(1) >= 1:
             return End.SAMPLES
         if table[:, Column.LEFT].all():
             return End.LEFT

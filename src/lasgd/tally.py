@@ -53,6 +53,10 @@ class Tally:
     saved_checkpoint: int = 0
     """Number of the newest checkpoint that this rank has on disk, free of NaN and Inf."""
 
+    started_s: float | None = None
+    """time.monotonic() of the start; None before it."""
+    earlier_s: float = 0.0
+    """Seconds that a resumed run had taken up to its checkpoint."""
     boundary_s: float = 0.0
     """time.monotonic() of the latest step boundary, or of the start."""
     recent_s: array[float] = field(default_factory=lambda: array("d", [0.0] * RECENT_STEPS), repr=False)
@@ -74,9 +78,17 @@ class Tally:
         return ordered[(len(ordered) - 1) // 2]
 
     def start_clock(self, now_s: float) -> None:
-        """The first step begins at `now_s`."""
+        """The next step begins at `now_s`."""
         self.boundary_s = now_s
+        if self.started_s is None:
+            self.started_s = now_s
 
-    def resume(self, local_steps: int, samples: int, checkpoint: int) -> None:
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the start of the run to the latest step boundary."""
+        return self.earlier_s + (0.0 if self.started_s is None else self.boundary_s - self.started_s)
+
+    def resume(self, local_steps: int, samples: int, checkpoint: int, elapsed_s: float = 0.0) -> None:
         """Goes on from a checkpoint's counts."""
         self.local_steps, self.samples, self.saved_checkpoint = local_steps, samples, checkpoint
+        self.earlier_s = elapsed_s

@@ -111,7 +111,7 @@ def test_the_command_line_wins_over_the_config_file(launched, tmp_path):
         ("--model resnt20", "Did you mean 'resnet20'?"),
         ("--model no.such:model", "there is no module 'no'"),
         ("--device gpu", "device 'gpu' is not known"),
-        ("--samples 1000 --epochs 2", "give --samples or --epochs, not both"),
+        ("--samples 1000 --epochs 2", "give one of --samples, --epochs and --seconds"),
         ("--config missing.toml", "missing.toml cannot be read"),
         ("--resume missing", "missing is not a folder"),
     ],

@@ -80,7 +80,7 @@ def refused(capsys, *options: str) -> str:
         ("--condition slw", "Did you mean 'slow'?"),
         ("--condition straggler=4:2x", "no rank 4 among 4 ranks"),
         ("--samples 60", "less than one batch on every rank"),
-        ("--samples 1000 --epochs 2", "give --samples or --epochs, not both"),
+        ("--samples 1000 --epochs 2", "give one of --samples, --epochs and --seconds"),
         ("--run-limit-s 0", "must be greater than 0"),
         ("--data digit", "Did you mean 'digits'?"),
         ("--config missing.toml", "missing.toml cannot be read"),

@@ -30,7 +30,7 @@ def test_a_budget_on_the_command_line_takes_the_place_of_the_config_files(given)
 
 
 def test_both_budgets_from_one_source_are_refused():
-    with pytest.raises(ConfigurationError, match="give --samples or --epochs, not both"):
+    with pytest.raises(ConfigurationError, match="give one of --samples, --epochs and --seconds"):
         combine({}, {"samples": 5, "epochs": 1.0})
 
 

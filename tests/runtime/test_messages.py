@@ -169,14 +169,15 @@ def test_waiting_for_a_message_is_counted(algorithm):
     assert quick.tally.exchanges and slow.tally.exchanges
     if algorithm in ("d_psgd", "sgp"):  # in lock-step with a slow neighbour
         assert quick.tally.waited_s > 4 * 0.02
-        assert abs(quick.tally.local_steps - slow.tally.local_steps) <= 1
+        # a neighbour is one step ahead at most, and the end is seen a step sooner or later
+        assert abs(quick.tally.local_steps - slow.tally.local_steps) <= 2
 
 
 def test_every_rank_hands_its_own_replica_over_after_each_part_of_the_budget():
     seen = {0: [], 1: []}
 
     def loop(r, model, averaging, optimizer):
-        averaging.on_replica(lambda own, number: seen[r].append((number, own.vector, values(model).clone())))
+        averaging.on_replica(lambda own: seen[r].append((own.evaluation, own.vector, values(model).clone())))
         while not averaging.finished:
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
             time.sleep(0.002)

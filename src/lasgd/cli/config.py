@@ -15,7 +15,7 @@ from lasgd.training.settings import OWN_TO_A_RANK, Settings
 
 Kind = TypeVar("Kind", bound=Settings)
 
-_BUDGETS = ("samples", "epochs")
+_BUDGETS = ("samples", "epochs", "seconds")
 
 
 def read_config(path: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def combine(
 ) -> Kind:
     """The settings of a run, from the command line's, the config file's, and the resumed run's.
 
-    A budget on the command line (`samples` or `epochs`) takes the place of the config file's. A resumed run keeps its
-    settings: another value is refused, but for what is a rank's own business. Raises ConfigurationError.
+    A budget on the command line (`samples`, `epochs` or `seconds`) takes the place of the config file's. A resumed run
+    keeps its settings: another value is refused, but for what is a rank's own business. Raises ConfigurationError.
     """
     values = dict(config)
     if any(name in given for name in _BUDGETS):

@@ -88,9 +88,7 @@ class Simulated:
 
 def simulated(plan: Plan, record: Record | None = None) -> Simulated:
     """Runs `plan` without gradients. Raises ConfigurationError, and ProtocolError for ranks that wait for ever."""
-    replicas = [
-        TimingReplica(plan.vector, Tally(plan.batch_size, rank), plan.first_cut) for rank in range(plan.ranks)
-    ]
+    replicas = [TimingReplica(plan.vector, Tally(plan.batch_size, rank), plan.first_cut) for rank in range(plan.ranks)]
     cluster, paces = cluster_of(plan, replicas, record=record)
     cluster.run()
     return outcome(cluster, paces)

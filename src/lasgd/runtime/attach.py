@@ -33,7 +33,8 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    samples: int,
+    samples: int | None = None,
+    seconds: float | None = None,
     batch_size: int,
     algorithm: str = "lasgd",
     merge: str = "full",
@@ -64,6 +65,7 @@ def attach(
         # here every replica is identical
 
     samples          the budget of all ranks together; the run ends for all in the round that finds it reached
+    seconds          the budget in time since the start, instead of samples
     batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
     algorithm        "lasgd", or another of docs/algorithms.md; "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
@@ -85,7 +87,11 @@ def attach(
     before the first local step.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _as_list(optimizer)
-    _check_numbers(samples=samples, batch_size=batch_size)
+    if (samples is None) == (seconds is None):
+        raise ConfigurationError("give the budget as samples or as seconds: one of the two")
+    _check_numbers(batch_size=batch_size, **({} if samples is None else {"samples": samples}))
+    if seconds is not None:
+        _check_range(1e-3, LONGEST_TIMEOUT_S, seconds=seconds)
     _check_numbers(least=0, evaluations=evaluations, checkpoints=checkpoints)
     _check_range(1e-9, 1e6, steps_per_round=steps_per_round)
     _check_range(1e-3, LONGEST_TIMEOUT_S, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
@@ -113,6 +119,7 @@ def attach(
         group = c10d.connect(start_timeout_s)
     settings = {
         "samples": samples,
+        "seconds": seconds,
         "algorithm": algorithm,
         "merge": merge,
         "fragments": fragments,
@@ -137,7 +144,7 @@ def attach(
             found,
             group,
             replica,
-            Pace(group.world_size, samples, steps_per_round, cut, evaluations, checkpoints),
+            Pace(group.world_size, samples, steps_per_round, cut, evaluations, checkpoints, seconds),
             keep_mean=keep_mean,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,

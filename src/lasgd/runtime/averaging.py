@@ -128,7 +128,7 @@ class Averaging:
         self._is_averaged = False
         self._digests = 0
         self._replicas_delivered = 0
-        self._deliver_replica: Callable[[KeptMean, int], None] | None = None
+        self._deliver_replica: Callable[[KeptMean], None] | None = None
         self._hooks = OptimizerHooks(optimizers, self._gradient_is_there, self._step_is_done)
         replica.on_recovery = self._forget_optimizer_state
         # Whoever never closes is closed at exit: before the interpreter is torn down, for a thread that comes back
@@ -157,6 +157,11 @@ class Averaging:
     def rank(self) -> int:
         """This rank."""
         return self.group.rank
+
+    @property
+    def writes_messages(self) -> bool:
+        """The ranks write to each other, and no round brings the mean of the replicas before the end."""
+        return self._algorithm.writes_messages
 
     @property
     def world_size(self) -> int:
@@ -206,9 +211,9 @@ class Averaging:
         """Seconds in which forward and backward passes have stood still for the network; only with DDP above 0."""
         return self._parallel.waited_s if self._parallel is not None else 0.0
 
-    def on_replica(self, deliver: Callable[[KeptMean, int], None]) -> None:
-        """Calls deliver(own, number) at the step boundary after each of `evaluations` parts of the budget, on the
-        training thread: this rank's own replica then, a copy, and the evaluation's number."""
+    def on_replica(self, deliver: Callable[[KeptMean], None]) -> None:
+        """Calls deliver(own) at the step boundary after each of `evaluations` parts of the budget, on the training
+        thread: this rank's own replica then, a copy."""
         self._deliver_replica = deliver
 
     def on_evaluation(self, deliver: Callable[..., None]) -> None:
@@ -250,8 +255,8 @@ class Averaging:
             self._communicator.ask(self._late)  # travels while the next step computes
         if self._deliver_replica is not None and self.pace.evaluation > self._replicas_delivered:
             self._replicas_delivered = self.pace.evaluation
-            own = KeptMean(self.replica.parameters(), self.pace.samples, time.monotonic())
-            self._deliver_replica(own, self.pace.evaluation)
+            own = KeptMean(self.replica.parameters(), self.pace.samples, time.monotonic(), self.pace.evaluation)
+            self._deliver_replica(own)
 
     def _begin(self) -> None:
         self._communicator.begin()
@@ -450,6 +455,11 @@ class Averaging:
         return Postbox(mail, box, self.pace, is_over, self._timeout_s, self._communicator.where)
 
     @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has put on the wire, in all-reduces and messages."""
+        return self.group.bytes_sent + (self._mail.bytes_sent if self._mail is not None else 0)
+
+    @property
     def end_agreed_s(self) -> float | None:
         """time.monotonic() of the round in which the end was agreed."""
         return self._communicator.end_agreed_s
@@ -501,6 +511,7 @@ class Averaging:
             "local_steps": self.tally.local_steps,
             "samples": self.tally.samples,
             "agreed_samples": self.pace.samples,
+            "elapsed_s": self.pace.elapsed_s,
             "round": self.pace.round,
             "checkpoint": self.pace.checkpoint,
             "evaluation": self.pace.evaluation,
@@ -528,8 +539,10 @@ class Averaging:
                     f"here it is {now!r}"
                 )
         self.replica.load_residual(state["residual"])
-        self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"])
-        self.pace.resume(state["round"], state["agreed_samples"], state["checkpoint"], state["evaluation"])
+        elapsed_s = state.get("elapsed_s", 0.0)
+        self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"], elapsed_s)
+        self._replicas_delivered = state["evaluation"]
+        self.pace.resume(state["round"], state["agreed_samples"], state["checkpoint"], state["evaluation"], elapsed_s)
 
     # Small things
 

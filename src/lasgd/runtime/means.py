@@ -20,6 +20,7 @@ class KeptMean:
     vector: Tensor  # (D,) on the CPU, owned by the receiver
     samples: int  # processed by all ranks when its last fragment arrived
     at_s: float  # time.monotonic() of that moment
+    evaluation: int = 0  # the number of the evaluation that it is for
 
 
 class Collection:
@@ -82,7 +83,7 @@ class MeanKeeper:
             self._collecting = Collection(self._size, self._dtype)
         if self._collecting is not None and self._collecting.take(begin, values):
             done, self._collecting = self._collecting, None
-            self._deliver(KeptMean(done.vector, pace.samples, time.monotonic()))
+            self._deliver(KeptMean(done.vector, pace.samples, time.monotonic(), self._evaluation))
 
     def wait_vector(self, timeout_s: float, is_over: Callable[[], bool]) -> Tensor | None:
         """A copy of the latest whole mean, (D,); None if none has come in time, or `is_over` says none will."""

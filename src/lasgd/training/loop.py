@@ -170,14 +170,14 @@ class Trainer:
         self._show(
             Snapshot(
                 samples=pace.samples,
-                budget=pace.budget,
+                budget=pace.expected_samples,
                 samples_per_s=rate,
                 loss=self._loss,
                 rounds=pace.round,
                 staleness_steps=tally.staleness.mean_steps if tally.staleness.merges else None,
                 waited_s=tally.waited_s,
                 wall_s=wall_s,
-                left_s=(pace.budget - pace.samples) / rate if rate else None,
+                left_s=max(0, pace.expected_samples - pace.samples) / rate if rate else None,
                 world_size=self._averaging.world_size,
                 fragments=len(self._averaging.replica.fragments),
                 notes=tuple(self._notes.lines),

@@ -9,6 +9,7 @@ Rank 0 shows the display, evaluates, writes the results and prints the summary.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ from lasgd.training.display import Display, print_summary
 from lasgd.training.evaluation import SavedMeans
 from lasgd.training.interrupt import asking_to_stop
 from lasgd.training.loop import Notes, Trainer
+from lasgd.training.replicas import SavedReplicas
 from lasgd.training.results import RankReport, Results, rank_record, wait_reports
 from lasgd.training.resume import Progress, wait_resumed
 from lasgd.training.run_folder import LinkEmulation, read_json
@@ -88,7 +90,9 @@ class _Run:
         self.rank = self.averaging.rank
         self.notes = Notes(say=None if display else self._print_note)
         torch.manual_seed(seed_of_rank(settings, self.rank))
-        self.means = SavedMeans(out)
+        self.means, self.replicas = SavedMeans(out), SavedReplicas(out)
+        self.samples_at: dict[int, int] = {}
+        """Evaluation -> samples of the mean that was saved for it."""
         self.before = Progress()
         if resume is not None:
             self.before = wait_resumed(resume, out, settings, self.averaging, self.model, self.optimizer)
@@ -96,12 +100,14 @@ class _Run:
                 for skipped in self.before.skipped:
                     self.notes.add(skipped)
                 self.means.remove(above_samples=self.averaging.pace.samples)
+                self.replicas.remove(above_evaluation=self.averaging.pace.evaluation)
         self.writer = BackgroundWriter(self.notes.add)
         self.timeline = Timeline(self.rank)
         self.compute_s = 0.0
         self.asked_to_stop = False
         self.averaging.on_record(self._record)
-        if self.rank == 0:
+        self.averaging.on_replica(self._save_replica)
+        if self.rank == 0 and not self.averaging.writes_messages:
             self.averaging.on_evaluation(self._save_mean)
         self.padding = StepPadding(
             self.condition,
@@ -205,18 +211,38 @@ class _Run:
             self.compute_s += end_s - begin_s
 
     def _save_mean(self, mean: KeptMean) -> None:
-        wall_s = self.before.wall_s + mean.at_s - (self.averaging.first_step_s or mean.at_s)
+        wall_s = self._wall_s(mean)
         if not self.writer.submit(lambda: self.means.save(mean.vector, mean.samples, wall_s)):
             self.notes.add(f"no evaluation at {mean.samples:,} samples: the disk was busy")
+        self.samples_at[mean.evaluation] = mean.samples
+
+    def _save_replica(self, own: KeptMean) -> None:
+        wall_s = self._wall_s(own)
+        save = functools.partial(self.replicas.save, self.rank, own.evaluation, own.vector, own.samples, wall_s)
+        if not self.writer.submit(save):
+            self.notes.add(f"replica of evaluation {own.evaluation} left out: the disk was busy")
+
+    def _wall_s(self, kept: KeptMean) -> float:
+        return self.before.wall_s + kept.at_s - (self.averaging.first_step_s or kept.at_s)
+
+    def _compare_replicas(self) -> dict[int, float]:
+        """Samples -> consensus distance; saves the replicas' means where no round has brought any."""
+        consensus: dict[int, float] = {}
+        for compared in self.replicas.compared(self.averaging.world_size):
+            if self.averaging.writes_messages:
+                self.means.save(compared.mean, compared.samples, compared.wall_s)
+                consensus[compared.samples] = compared.consensus
+            elif compared.evaluation in self.samples_at:
+                consensus[self.samples_at[compared.evaluation]] = compared.consensus
+        self.replicas.remove()
+        return consensus
 
     def _print_note(self, note: str) -> None:
         print(f"rank {self.rank}: {note}", flush=True)  # under `--ranks N` into the rank's own log
 
     def _report(self) -> RankReport:
         averaging = self.averaging
-        record = rank_record(
-            self.rank, averaging.tally, averaging.pace.round, self.compute_s, averaging.group.bytes_sent
-        )
+        record = rank_record(self.rank, averaging.tally, averaging.pace.round, self.compute_s, averaging.bytes_sent)
         return RankReport(
             record=record,
             padded_steps=self.padding.steps,

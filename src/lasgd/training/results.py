@@ -85,7 +85,8 @@ class Results:
     settings: Settings
     condition: Condition
     link_emulation: LinkEmulation
-    budget: int
+    budget: int | None
+    """Samples; None where it is in seconds."""
     data: ImageData | None
     model: nn.Module | None
     """None, as data and layout, where nothing was trained: a simulation without gradients."""

@@ -64,6 +64,8 @@ class Settings(BaseModel):
     """Budget: samples of all ranks together."""
     epochs: Positive | None = None
     """Budget in passes over the training data, instead of samples; default 60 for digits, 10 otherwise."""
+    seconds: Positive | None = None
+    """Budget in seconds from the first local step, instead of samples."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples of one local step of one rank."""
 
@@ -109,8 +111,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Settings:
-        if self.samples is not None and self.epochs is not None:
-            raise ValueError("give --samples or --epochs, not both")
+        if sum(budget is not None for budget in (self.samples, self.epochs, self.seconds)) > 1:
+            raise ValueError("give one of --samples, --epochs and --seconds")
         return self
 
     @field_validator("data")

@@ -64,11 +64,13 @@ def seed_of_rank(settings: Settings, rank: int) -> int:
     return settings.seed * 1_000_003 + rank
 
 
-def budget(settings: Settings, data: ImageData, world_size: int) -> int:
-    """Samples of all ranks together: --samples, or --epochs times the training images.
+def budget(settings: Settings, data: ImageData, world_size: int) -> int | None:
+    """Samples of all ranks together: --samples, or --epochs times the training images; None for --seconds.
 
     Raises ConfigurationError where that is less than one batch on every rank.
     """
+    if settings.seconds is not None:
+        return None
     if settings.samples is not None:
         settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
         return settings.samples
@@ -82,7 +84,7 @@ def wait_attached(
     settings: Settings,
     condition: Condition,
     link_emulation: LinkEmulation,
-    samples: int,
+    samples: int | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> Averaging:
@@ -104,6 +106,7 @@ def wait_attached(
         model,
         optimizer,
         samples=samples,
+        seconds=settings.seconds,
         batch_size=settings.batch_size,
         algorithm=settings.algorithm,
         algorithm_settings=settings.algorithm_settings(),

@@ -15,7 +15,7 @@ class BackgroundWriter:
     A job that raises does not end the others: what it raised is handed to `report` as text, on that thread.
     """
 
-    def __init__(self, report: Callable[[str], None], capacity: int = 2):
+    def __init__(self, report: Callable[[str], None], capacity: int = 4):
         self._report = report
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name="lasgd-writer", daemon=True)

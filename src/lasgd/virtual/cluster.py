@@ -440,9 +440,7 @@ class Cluster:
         vector = mean_replica(replicas) if self._writes_messages else replicas[0].parameters()
         self._means.take(0, vector, self._paces[0])
 
-    def _deadlock(
-        self, waiting_for_gradient: Sequence[int], receiving: Sequence[tuple[int, int | None]] = ()
-    ) -> str:
+    def _deadlock(self, waiting_for_gradient: Sequence[int], receiving: Sequence[tuple[int, int | None]] = ()) -> str:
         joined = [process.index for process in self._joining if process is not None]
         missing = [index for index, process in enumerate(self._joining) if process is None]
         lines = [f"virtual time {self.now_s:g} s: nothing can happen any more."]

@@ -1,10 +1,10 @@
 """What the activities of virtual ranks ask for beside local steps and rounds: messages, and when to exchange.
 
-    request          answered
-    Send             at once; the message is under way (post.py)
-    Receive          when a message is there; Stop when the end is agreed and none is, if it is asked so
-    NextExchange     not_before_s after the latest one was due, the first one with the rank's first gradient; Stop when
-                     the end is agreed
+request          answered
+Send             at once; the message is under way (post.py)
+Receive          when a message is there; Stop when the end is agreed and none is, if it is asked so
+NextExchange     not_before_s after the latest one was due, the first one with the rank's first gradient; Stop when
+                 the end is agreed
 """
 
 from __future__ import annotations
