@@ -87,7 +87,7 @@ def test_run_json_has_the_fields_that_others_rely_on(tmp_path):
     assert set(run["final"]) == {"top1", "top5", "loss"}
     rank = "rank local_steps samples rounds compute_s waited_s staleness_steps bytes_sent"
     assert set(run["ranks"][0]) == set(rank.split())
-    assert set(run["ranks"][0]["staleness_steps"]) == {"mean", "max"}
+    assert set(run["ranks"][0]["staleness_steps"]) == {"mean", "max", "histogram"}
 
 
 def test_a_loss_that_is_not_a_number_becomes_null(tmp_path):

@@ -30,6 +30,7 @@ class SavedMean:
     wall_s: float
     virtual_s: float | None  # in a simulated run
     vector: Tensor  # (D,)
+    consensus: float | None = None  # how far the replicas were apart then: sqrt(mean_i |x_i - mean|^2)
 
 
 class SavedMeans:
@@ -38,13 +39,22 @@ class SavedMeans:
     def __init__(self, out: Path):
         self.folder = out / "means"
 
-    def save(self, vector: Tensor, samples: int, wall_s: float, virtual_s: float | None = None) -> None:
+    def save(
+        self,
+        vector: Tensor,
+        samples: int,
+        wall_s: float,
+        virtual_s: float | None = None,
+        consensus: float | None = None,
+    ) -> None:
         """Writes one mean, (D,). Raises LasgdError, naming the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / f"{samples:012d}.safetensors") as temporary:
             metadata = {"samples": str(samples), "wall_s": repr(wall_s)}
             if virtual_s is not None:
                 metadata["virtual_s"] = repr(virtual_s)
+            if consensus is not None:
+                metadata["consensus"] = repr(consensus)
             temporary.write_bytes(safetensors.torch.save({"mean": vector}, metadata=metadata))
 
     def __len__(self) -> int:
@@ -56,8 +66,13 @@ class SavedMeans:
         for path in sorted(self.folder.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                virtual_s = float(metadata["virtual_s"]) if "virtual_s" in metadata else None
-                yield SavedMean(int(metadata["samples"]), float(metadata["wall_s"]), virtual_s, file.get_tensor("mean"))
+                yield SavedMean(
+                    int(metadata["samples"]),
+                    float(metadata["wall_s"]),
+                    _number(metadata.get("virtual_s")),
+                    file.get_tensor("mean"),
+                    _number(metadata.get("consensus")),
+                )
 
     def remove(self, above_samples: int = -1) -> None:
         """Removes the means taken after `above_samples`, and the folder if it is empty then."""
@@ -68,6 +83,10 @@ class SavedMeans:
                 path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
 
 
 @torch.no_grad()

@@ -66,7 +66,11 @@ def rank_record(rank: int, tally: Tally, rounds: int, compute_s: float, bytes_se
         rounds=rounds,
         compute_s=compute_s,
         waited_s=tally.waited_s,
-        staleness_steps=StalenessSteps(mean=tally.staleness.mean_steps, max=float(tally.staleness.max_steps)),
+        staleness_steps=StalenessSteps(
+            mean=tally.staleness.mean_steps,
+            max=float(tally.staleness.max_steps),
+            histogram=dict(sorted(tally.staleness.histogram.items())),
+        ),
         bytes_sent=bytes_sent,
     )
 
@@ -106,6 +110,8 @@ class Results:
     asked_to_stop: Callable[[], bool]
     virtual_s: float | None = None
     """What `wall_s` is on the virtual clock, in a simulated run."""
+    consensus: float | None = None
+    """How far the replicas are apart at the end, where it was measured."""
     settings_beside: Mapping[str, Any] = field(default_factory=dict)
     """What run.json tells among the settings, beside them and instead of them."""
 
@@ -201,10 +207,10 @@ class Results:
             result, _ = evaluate(judge, self.data, self.device, self.settings.workers, self.asked_to_stop)
             if result is None:
                 break
-            _append(metrics, mean.samples, mean.wall_s, mean.virtual_s, result)
+            _append(metrics, mean.samples, mean.wall_s, mean.virtual_s, mean.consensus, result)
         else:
             self.means.remove()
-        _append(metrics, end_samples, self.before.wall_s + self.wall_s, self.virtual_s, final)
+        _append(metrics, end_samples, self.before.wall_s + self.wall_s, self.virtual_s, self.consensus, final)
         return final, unreadable
 
     def _say(self, which: str) -> None:
@@ -212,9 +218,13 @@ class Results:
             self.display.status("evaluating the averaged models", which)
 
 
-def _append(path: Path, samples: int, wall_s: float, virtual_s: float | None, result: Final) -> None:
+def _append(
+    path: Path, samples: int, wall_s: float, virtual_s: float | None, consensus: float | None, result: Final
+) -> None:
     top1, loss = _number(result.top1), _number(result.loss)
-    append_metrics(path, wall_s=wall_s, virtual_s=virtual_s, samples=samples, top1=top1, loss=loss)
+    append_metrics(
+        path, wall_s=wall_s, virtual_s=virtual_s, consensus=consensus, samples=samples, top1=top1, loss=loss
+    )
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

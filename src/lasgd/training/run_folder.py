@@ -53,6 +53,8 @@ class StalenessSteps(_Record):
 
     mean: Measured
     max: Measured
+    histogram: dict[int, int] = {}
+    """Steps -> merges that were so stale."""
 
 
 class RankRecord(_Record):
@@ -255,15 +257,24 @@ def read_json(path: Path) -> Any:
 
 
 def append_metrics(
-    path: Path, *, wall_s: float, samples: int, top1: float, loss: float, virtual_s: float | None = None
+    path: Path,
+    *,
+    wall_s: float,
+    samples: int,
+    top1: float,
+    loss: float,
+    virtual_s: float | None = None,
+    consensus: float | None = None,
 ) -> None:
     """Appends one evaluation to metrics.jsonl: the whole line or, with a LasgdError that names the file, nothing.
 
-    `virtual_s` is told of simulated runs only.
+    `virtual_s` is told of simulated runs only, `consensus` (how far the replicas were apart) where it was measured.
     """
     line = {"wall_s": wall_s, "samples": samples, "top1": top1, "loss": loss}
     if virtual_s is not None:
         line["virtual_s"] = virtual_s
+    if consensus is not None:
+        line["consensus"] = consensus
     data = (json.dumps(_jsonable(line), allow_nan=False) + "\n").encode()
     try:
         with open(path, "ab", buffering=0) as file:

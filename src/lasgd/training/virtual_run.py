@@ -50,6 +50,7 @@ from lasgd.training.virtual_setup import (
     vector_of,
     vector_of_bytes,
 )
+from lasgd.virtual.spread import consensus_distance
 from lasgd.virtual.timing_replica import TimingReplica
 
 SHOW_EVERY_S = 0.25
@@ -227,8 +228,9 @@ class SimulatedRun:
     def finish(self, simulated: Simulated) -> int:
         """Evaluates and writes. Returns the exit code."""
         was_interrupted = self.cluster.was_stopped
-        identical = None
+        identical = consensus = None
         if self._works and not was_interrupted:
+            consensus = self._consensus()
             digests = {rank.replica.layout.content_digest() for rank in self.cluster.ranks}
             identical = len(digests) == 1
         results = Results(
@@ -251,6 +253,7 @@ class SimulatedRun:
             display=self.display,
             asked_to_stop=lambda: self.asked_to_stop,
             virtual_s=simulated.virtual_s,
+            consensus=consensus,
             settings_beside=self._settings_as_run(),
         )
         record = results.write(self._reports(), self.timelines, identical, was_interrupted)
@@ -269,7 +272,8 @@ class SimulatedRun:
         reports = []
         for index, rank in enumerate(self.cluster.ranks):
             pace = self.paces[index % len(self.paces)]
-            record = rank_record(index, rank.tally, pace.round, rank.compute_s, rank.bytes_sent)
+            rounds = rank.tally.exchanges if self.plan.algorithm.writes_messages else pace.round
+            record = rank_record(index, rank.tally, rounds, rank.compute_s, rank.bytes_sent)
             notes = self.notes.troubles if index == 0 else []
             skipped = list(self.notes.skipped_images) if index == 0 else []
             reports.append(RankReport(record=record, padded_steps=0, overruns=0, skipped_images=skipped, notes=notes))
@@ -280,9 +284,13 @@ class SimulatedRun:
 
     def _save_mean(self, mean: KeptMean) -> None:
         try:
-            self.saved_means.save(mean.vector, mean.samples, mean.at_s - self._first_step_s, self.cluster.now_s)
+            wall_s = mean.at_s - self._first_step_s
+            self.saved_means.save(mean.vector, mean.samples, wall_s, self.cluster.now_s, self._consensus())
         except LasgdError as error:
             self.notes.add(str(error))
+
+    def _consensus(self) -> float:
+        return consensus_distance([rank.replica for rank in self.cluster.ranks])
 
     # What is shown
 
