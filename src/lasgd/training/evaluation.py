@@ -6,7 +6,7 @@ During the run, means are only saved (`SavedMeans`); rank 0 evaluates them when 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,12 @@ class SavedMeans:
                     file.get_tensor("mean"),
                     _number(metadata.get("consensus")),
                 )
+
+    def note_consensus(self, at_samples: Mapping[int, float]) -> None:
+        """Adds to the means saved at so many samples how far the replicas were apart then. Raises LasgdError."""
+        for mean in self:
+            if mean.samples in at_samples:
+                self.save(mean.vector, mean.samples, mean.wall_s, mean.virtual_s, at_samples[mean.samples])
 
     def remove(self, above_samples: int = -1) -> None:
         """Removes the means taken after `above_samples`, and the folder if it is empty then."""

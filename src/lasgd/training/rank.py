@@ -175,6 +175,8 @@ class _Run:
         timelines = group.wait_exchange("timeline", self.timeline.to_bytes(), self.settings.timeout_s)
         self.averaging.close()
         if self.rank == 0:
+            if not was_interrupted:
+                self._compare_replicas()
             first_step_s = self.averaging.first_step_s or self.begin_s
             end_s = self.averaging.end_agreed_s or first_step_s
             results = Results(
@@ -225,17 +227,16 @@ class _Run:
     def _wall_s(self, kept: KeptMean) -> float:
         return self.before.wall_s + kept.at_s - (self.averaging.first_step_s or kept.at_s)
 
-    def _compare_replicas(self) -> dict[int, float]:
-        """Samples -> consensus distance; saves the replicas' means where no round has brought any."""
+    def _compare_replicas(self) -> None:
+        """Notes how far the replicas were apart, and saves their means where no round has brought any."""
         consensus: dict[int, float] = {}
         for compared in self.replicas.compared(self.averaging.world_size):
             if self.averaging.writes_messages:
-                self.means.save(compared.mean, compared.samples, compared.wall_s)
-                consensus[compared.samples] = compared.consensus
+                self.means.save(compared.mean, compared.samples, compared.wall_s, consensus=compared.consensus)
             elif compared.evaluation in self.samples_at:
                 consensus[self.samples_at[compared.evaluation]] = compared.consensus
+        self.means.note_consensus(consensus)
         self.replicas.remove()
-        return consensus
 
     def _print_note(self, note: str) -> None:
         print(f"rank {self.rank}: {note}", flush=True)  # under `--ranks N` into the rank's own log

@@ -222,9 +222,7 @@ def _append(
     path: Path, samples: int, wall_s: float, virtual_s: float | None, consensus: float | None, result: Final
 ) -> None:
     top1, loss = _number(result.top1), _number(result.loss)
-    append_metrics(
-        path, wall_s=wall_s, virtual_s=virtual_s, consensus=consensus, samples=samples, top1=top1, loss=loss
-    )
+    append_metrics(path, wall_s=wall_s, virtual_s=virtual_s, consensus=consensus, samples=samples, top1=top1, loss=loss)
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
