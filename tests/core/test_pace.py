@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lasgd.algorithms.requests import Failure, Mean
+from lasgd.errors import ConfigurationError
 from lasgd.pace import IDLE_S, LONGEST_PAUSE_S, MAX_FRAGMENTS, Column, Delay, End, Pace, Sickness
 from lasgd.tally import Staleness, Tally
 
@@ -327,3 +328,57 @@ def test_whatever_is_measured_the_number_stays_within_its_bounds(samples):
 
 def test_ranks_that_ask_for_no_header_hold_no_table_of_all_ranks():
     Pace(10**13, 1)  # the table would be larger than any memory
+
+
+def spent(elapsed_s: list[float], samples: int = 10) -> Mean:
+    table = torch.zeros(len(elapsed_s), len(Column), dtype=torch.float64)
+    table[:, Column.WEIGHT], table[:, Column.SAMPLES] = 1.0, samples
+    table[:, Column.ELAPSED_S] = torch.tensor(elapsed_s, dtype=torch.float64)
+    return Mean(torch.zeros(1), table)
+
+
+def test_a_budget_in_seconds_is_used_up_by_the_rank_that_has_come_furthest():
+    pace = Pace(2, samples=None, seconds=8.0, evaluations=4)
+    pace.agree(spent([2.0, 1.0]))
+    assert (pace.progress, pace.evaluation, pace.end) == (0.25, 1, None)
+    assert pace.expected_samples == 80  # 20 in a quarter of the time
+    pace.agree(spent([7.0, 7.5]))
+    assert (pace.evaluation, pace.end) == (3, None)
+    pace.agree(spent([7.9, 8.0]))
+    assert pace.progress == 1.0
+    assert pace.end is End.SAMPLES
+
+
+def test_a_round_comes_sooner_where_the_time_is_nearly_up():
+    pace = Pace(1, samples=None, seconds=10.0, steps_per_round=100)
+    outcome = spent([8.0])
+    assert outcome.header is not None
+    outcome.header[:, Column.STEP_S] = 0.1
+    pace.agree(outcome)
+    assert pace.pause_s == pytest.approx(2.0)  # not 100 steps of 0.1 s
+
+
+def test_ranks_that_agree_on_nothing_end_by_their_own_clock():
+    pace, tally = Pace(2, samples=None, seconds=1.0), Tally(batch_size=1)
+    tally.start_clock(50.0)
+    tally.count_step(50.6)
+    pace.count_alone(tally)
+    assert pace.end is None
+    tally.count_step(51.0)
+    pace.count_alone(tally)
+    assert pace.end is End.SAMPLES
+
+
+def test_a_resumed_run_goes_on_counting_its_seconds():
+    tally = Tally(batch_size=1)
+    tally.resume(local_steps=3, samples=3, checkpoint=1, elapsed_s=7.0)
+    tally.start_clock(100.0)
+    tally.start_clock(101.0)  # after a wait: no new start
+    tally.count_step(102.0)
+    assert tally.elapsed_s == 9.0
+
+
+@pytest.mark.parametrize("budget", [{"samples": None}, {"samples": 3, "seconds": 1.0}])
+def test_a_budget_is_one_of_two(budget):
+    with pytest.raises(ConfigurationError, match="either a number of samples or one of seconds"):
+        Pace(1, **budget)

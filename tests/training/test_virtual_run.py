@@ -200,7 +200,7 @@ def test_ranks_that_share_workers_draw_what_they_would_draw_alone_in_any_order(w
         (["--network", "20mbit+rank=1:0mbit"], "'0mbit' would isolate rank 1"),
         (["--all-reduce", "hierarchical"], "needs a network with nodes"),
         (["--model-bytes", "4MB"], "goes with --no-gradients"),
-        (["--model-bytes", "4MB", "--no-gradients"], "without data there are no epochs; give --samples"),
+        (["--model-bytes", "4MB", "--no-gradients"], "without data there are no epochs; give --samples or --seconds"),
         (["--model-bytes", "much", "--no-gradients"], "'much' is not a size"),
         (["--compute", "trace=nowhere.csv"], "nowhere.csv"),
         (["--run", "somewhere"], "--run goes with --advise"),

@@ -33,12 +33,14 @@ class Plan:
     network: Network
     vector: Vector
     """What is averaged, or as many gradients."""
-    samples: int
-    """Budget of all ranks together."""
+    samples: int | None
+    """Budget of all ranks together; None where it is in `seconds`."""
     batch_size: int = 32
     steps_per_round: float = 1.0
     fragments: int | Literal["auto"] = "auto"
     evaluations: int = 0
+    seconds: float | None = None
+    """Budget in virtual time, instead of samples."""
     all_reduce: str = "ring"
     """How the network all-reduces: one of network_models.METHODS."""
 
@@ -106,7 +108,8 @@ def cluster_of(
     algorithm, members = plan.algorithm, tuple(range(plan.ranks))
     agreements = 1 if algorithm.agrees else plan.ranks
     paces = [
-        Pace(plan.ranks, plan.samples, plan.steps_per_round, plan.cut, plan.evaluations) for _ in range(agreements)
+        Pace(plan.ranks, plan.samples, plan.steps_per_round, plan.cut, plan.evaluations, seconds=plan.seconds)
+        for _ in range(agreements)
     ]
     ranks = [
         Rank(replica, plan.compute.durations(rank), works[rank] if works else None)

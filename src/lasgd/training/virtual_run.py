@@ -320,7 +320,7 @@ class SimulatedRun:
         samples = pace.samples or sum(rank.tally.samples for rank in self.cluster.ranks)
         return Snapshot(
             samples=samples,
-            budget=pace.budget,
+            budget=pace.expected_samples,
             samples_per_s=samples / virtual_s if virtual_s and samples else None,
             loss=None if loss is None else loss.item(),
             rounds=pace.round,
@@ -328,7 +328,7 @@ class SimulatedRun:
             waited_s=first.tally.waited_s,
             wall_s=wall_s,
             virtual_s=virtual_s,
-            left_s=wall_s * max(0, pace.budget - samples) / samples if samples else None,
+            left_s=wall_s * max(0, pace.expected_samples - samples) / samples if samples else None,
             world_size=self.ranks,
             fragments=len(first.replica.fragments),
             notes=tuple(self.notes.lines),

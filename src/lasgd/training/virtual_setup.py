@@ -146,10 +146,12 @@ def measured_step_s(settings: SimulationSettings, model: nn.Module, data: ImageD
     return statistics.median(seconds[2:])
 
 
-def budget_without_data(settings: SimulationSettings, world_size: int) -> int:
-    """Samples of all ranks together. Raises ConfigurationError where the settings count them in epochs."""
+def budget_without_data(settings: SimulationSettings, world_size: int) -> int | None:
+    """Samples of all ranks together, None for --seconds. Raises ConfigurationError where they are counted in epochs."""
+    if settings.seconds is not None:
+        return None
     if settings.samples is None:
-        raise ConfigurationError("--model-bytes: without data there are no epochs; give --samples.")
+        raise ConfigurationError("--model-bytes: without data there are no epochs; give --samples or --seconds.")
     settings.check_budget(settings.samples, f"--samples: {settings.samples:,}", world_size)
     return settings.samples
 
@@ -171,6 +173,7 @@ def plan(
         network=network,
         vector=vector,
         samples=samples,
+        seconds=settings.seconds,
         batch_size=settings.batch_size,
         steps_per_round=settings.steps_per_round,
         fragments=settings.fragments,

@@ -32,7 +32,8 @@ def _finite(replicas: Sequence[Any]) -> Callable[[], Iterable[Tensor]]:
 
 
 def _mean(vectors: Callable[[], Iterable[Tensor]]) -> Tensor:
-    total, count = None, 0
+    total: Tensor | None = None
+    dtype, count = torch.float32, 0
     for vector in vectors():
         total = vector.double() if total is None else total.add_(vector)
         dtype, count = vector.dtype, count + 1
