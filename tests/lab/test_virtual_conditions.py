@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import islice
 
@@ -11,7 +12,7 @@ from lasgd.errors import ConfigurationError
 from lasgd.group.cost import ring_all_reduce_s
 from lasgd.lab.conditions import parse
 from lasgd.lab.padding import StepPadding
-from lasgd.lab.virtual_conditions import from_condition
+from lasgd.lab.virtual_conditions import SHARE_SPREAD, from_condition
 from lasgd.virtual.compute_models import Constant
 from lasgd.virtual.network_models import Network
 from virtual_clock import VirtualClock
@@ -55,7 +56,8 @@ def test_a_round_takes_at_least_what_the_condition_says_and_a_part_its_share():
 
 def test_without_a_link_the_own_network_is_kept_and_costs_nothing_if_there_is_none():
     own = Network(4, 100.0)
-    assert from_condition(parse("step=100ms"), 4, 0, own_network=own)[1] is own
+    kept = from_condition(parse("step=100ms"), 4, 0, own_network=own)[1]
+    assert kept == dataclasses.replace(own, share_spread=SHARE_SPREAD)
     assert from_condition(parse("round=1s"), 4, 0, 0.1, own)[1] == Network(4, 100.0, round_s=1.0)
     assert from_condition(parse("step=100ms"), 4, 0) == (Constant(0.1), Network(4, math.inf))
 

@@ -247,3 +247,17 @@ def test_messages_end_neither_before_nor_after_their_bytes_can_have_left(starts)
         begin_s, source, target, n_bytes = began[flow]
         assert at_s >= begin_s + network.message_s(source, target, n_bytes) * (1 - NEARLY)
         assert at_s <= 2.0 + all_bytes / 10.0 * (1 + NEARLY)  # even one after another over the slowest link
+
+
+def test_shares_go_by_weight_and_what_a_heavy_flow_cannot_use_the_others_have():
+    # Weights 1 and 3 on a link of 8; the heavy one is held to 4 by another link, so the light one has 4 too.
+    assert max_min_rates([["link"], ["link"]], {"link": 8.0}, [1.0, 3.0]) == [2.0, 6.0]
+    assert max_min_rates([["link"], ["link", "thin"]], {"link": 8.0, "thin": 4.0}, [1.0, 3.0]) == [4.0, 4.0]
+
+
+def test_a_heavier_message_leaves_sooner_and_both_when_the_bytes_are_through():
+    flows = Flows(Network(3, 100.0))
+    heavy, light = flows.start(0.0, 0, 2, 300, weight=3.0), flows.start(0.0, 1, 2, 300, weight=1.0)
+    assert flows.next_end() == (pytest.approx(4.0), heavy)  # 75 bytes/s
+    flows.advance(4.0)
+    assert flows.next_end() == (pytest.approx(6.0), light)

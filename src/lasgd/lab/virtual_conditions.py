@@ -15,6 +15,10 @@ PAYLOAD_SHARE = 1448 / 1514
 1514 bytes 14 are Ethernet's, 20 IP's, 32 TCP's with its time stamps, and the rest is the ranks'."""
 
 
+SHARE_SPREAD = 0.3
+"""How unevenly messages share a link. What comes of it hardly depends on the number, once it is not 0."""
+
+
 def from_condition(
     condition: Condition,
     world_size: int,
@@ -42,8 +46,7 @@ def from_condition(
         network = Network(world_size, payload_bytes_per_s, latency_s=condition.latency_s)
     else:
         network = own_network or Network(world_size, math.inf)
-    if condition.round_s is not None:
-        network = dataclasses.replace(network, round_s=condition.round_s)
+    network = dataclasses.replace(network, share_spread=SHARE_SPREAD, round_s=condition.round_s or network.round_s)
     return slowed(Constant(step_s), condition, world_size, seed), network
 
 

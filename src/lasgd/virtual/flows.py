@@ -17,16 +17,22 @@ from lasgd.virtual.network_models import Network, Resource
 AnyResource = TypeVar("AnyResource", bound=Hashable)
 
 
-def max_min_rates(flows: Sequence[Sequence[AnyResource]], capacities: Mapping[AnyResource, float]) -> list[float]:
+def max_min_rates(
+    flows: Sequence[Sequence[AnyResource]],
+    capacities: Mapping[AnyResource, float],
+    weights: Sequence[float] | None = None,
+) -> list[float]:
     """The max-min fair rate of each flow; a flow is the resources that it crosses, each once.
 
-    Progressive filling: all rates rise together from 0; where a resource is full, the flows that cross it stay at what
-    they have, and the others' rates rise on. math.inf for a flow that crosses nothing of finite capacity.
+    Progressive filling: all rates rise together from 0, each as `weights` (None: all alike) has it; where a resource is
+    full, the flows that cross it stay at what they have, and the others' rates rise on. math.inf for a flow that
+    crosses nothing of finite capacity.
     Source: Bertsekas & Gallager (1992), Data Networks, 2nd edition, section 6.5.2.
 
     With F flows over paths of length p: O(F p log(F p)). Raises ValueError for a capacity that is not positive.
     """
     rates = [math.inf] * len(flows)
+    weights = [1.0] * len(flows) if weights is None else weights
     crossing: dict[AnyResource, list[int]] = {}
     for flow, path in enumerate(flows):
         for resource in path:
@@ -34,30 +40,32 @@ def max_min_rates(flows: Sequence[Sequence[AnyResource]], capacities: Mapping[An
                 crossing.setdefault(resource, []).append(flow)
     left = {resource: capacities[resource] for resource in crossing}
     rising = {resource: len(crossed_by) for resource, crossed_by in crossing.items()}
+    slope = {resource: math.fsum(weights[flow] for flow in crossed_by) for resource, crossed_by in crossing.items()}
     for resource, capacity in left.items():
         if not capacity > 0:
             raise ValueError(f"capacity of {resource} is {capacity}; expected more than 0")
     # (level at which it is full, place in the order, itself). A level is out of date, and too low, once flows have
     # stopped rising elsewhere: it is brought up to date when it comes to the top.
-    heap = [(left[resource] / rising[resource], place, resource) for place, resource in enumerate(crossing)]
+    heap = [(left[resource] / slope[resource], place, resource) for place, resource in enumerate(crossing)]
     heapq.heapify(heap)
     level = 0.0
     while heap:
         full_at, place, resource = heapq.heappop(heap)
         if not rising[resource]:
             continue
-        now_full_at = max(left[resource] / rising[resource], level)  # never falls but by rounding
+        now_full_at = max(left[resource] / slope[resource], level)  # never falls but by rounding
         if now_full_at > full_at:
             heapq.heappush(heap, (now_full_at, place, resource))
             continue
         level = full_at
         for flow in crossing[resource]:
             if rates[flow] == math.inf:
-                rates[flow] = level
+                rate = rates[flow] = level * weights[flow]
                 for crossed in flows[flow]:
                     if crossed in left:
-                        left[crossed] -= level
+                        left[crossed] -= rate
                         rising[crossed] -= 1
+                        slope[crossed] -= weights[flow]
     return rates
 
 
@@ -69,10 +77,12 @@ class Arrival(NamedTuple):
 
 
 class _Flow:
-    __slots__ = ("end_s", "id", "latency_s", "left_bytes", "path", "rate", "since_s")
+    __slots__ = ("end_s", "id", "latency_s", "left_bytes", "path", "rate", "since_s", "weight")
 
-    def __init__(self, id: int, path: tuple[Resource, ...], n_bytes: float, latency_s: float, now_s: float) -> None:
-        self.id, self.path, self.latency_s = id, path, latency_s
+    def __init__(
+        self, id: int, path: tuple[Resource, ...], n_bytes: float, latency_s: float, now_s: float, weight: float
+    ) -> None:
+        self.id, self.path, self.latency_s, self.weight = id, path, latency_s, weight
         self.left_bytes = float(n_bytes)
         """At `since_s`, since when `rate` is what it is."""
         self.rate = 0.0
@@ -111,15 +121,18 @@ class Flows:
         """Messages that hold links."""
         return len(self._flows)
 
-    def start(self, now_s: float, source: int, target: int, n_bytes: float) -> int:
-        """A message begins; returns its number, counted from 0. Raises ValueError if n_bytes is negative."""
+    def start(self, now_s: float, source: int, target: int, n_bytes: float, weight: float = 1.0) -> int:
+        """A message begins, whose share of a link goes by `weight`; returns its number, counted from 0.
+
+        Raises ValueError if n_bytes is negative.
+        """
         if not 0 <= n_bytes < math.inf:
             raise ValueError(f"n_bytes is {n_bytes}; expected a finite number from 0 on")
         if now_s != self._now_s:
             self._move_to(now_s)
         network = self._network
         path = tuple(r for r in network.path(source, target) if network.capacity(r) != math.inf) if n_bytes else ()
-        flow = _Flow(self._started, path, n_bytes, network.message_latency_s(source, target), now_s)
+        flow = _Flow(self._started, path, n_bytes, network.message_latency_s(source, target), now_s, weight)
         self._started += 1
         self._flows[flow.id] = flow
         if path:
@@ -180,7 +193,8 @@ class Flows:
         self._touched.clear()
         flows = [found[id] for id in sorted(found)]
         capacities = {link: self._network.capacity(link) for link in links}
-        for flow, rate in zip(flows, max_min_rates([flow.path for flow in flows], capacities), strict=True):
+        weights = [flow.weight for flow in flows]
+        for flow, rate in zip(flows, max_min_rates([flow.path for flow in flows], capacities, weights), strict=True):
             if rate != flow.rate:
                 self._set_rate(flow, rate)
 

@@ -96,6 +96,8 @@ class Network:
     """What all messages together (between nodes, if there are nodes) have at most."""
     round_s: float = 0.0
     """An all-reduce of the whole vector takes at least this long, of a part its share."""
+    share_spread: float = 0.0
+    """Of the shares that messages between ranks have of a link: the standard deviation of their weights' logarithm."""
     _costs: dict[tuple[tuple[int, ...], str], AlphaBeta] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -116,6 +118,8 @@ class Network:
             )
         if not 0 <= self.round_s < math.inf:
             raise ConfigurationError(f"network: round_s is {self.round_s!r}; expected a finite number from 0 on.")
+        if not 0 <= self.share_spread <= 2:
+            raise ConfigurationError(f"network: share_spread is {self.share_spread!r}; expected a number from 0 to 2.")
         if self.nodes is not None:
             set_field(self, "nodes", _checked_nodes(self.nodes, self.world_size))
 

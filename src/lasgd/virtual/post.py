@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import deque
 from collections.abc import Callable
 
@@ -29,11 +30,16 @@ class Post:
 
     From one rank to another there is one connection: messages cross it one after another, and arrive in the order in
     which they were sent. What a rank writes to itself is there at the same moment.
+
+    TCP shares a link out unevenly, another way each time. It matters: where all shares are equal, ranks that have once
+    asked a server at the same moment do so for ever, and its link stands idle in between. So each message draws a
+    weight, with the network's `share_spread`; the same ones in every run.
     """
 
     def __init__(self, clock: Clock, network: Network, deliver: Callable[[Letter], None]):
         self._clock, self._deliver = clock, deliver
-        self._flows = Flows(network)
+        self._flows, self._spread = Flows(network), network.share_spread
+        self._draw = random.Random(0)
         self._crossing: dict[int, Letter] = {}  # by flow
         self._behind: dict[tuple[int, int], deque[Letter]] = {}  # by connection, while something crosses it
         self._next: _Look | None = None
@@ -52,7 +58,8 @@ class Post:
             behind.append(letter)
 
     def _start(self, letter: Letter) -> None:
-        flow = self._flows.start(self._clock.now_s, letter.message.source, letter.target, letter.n_bytes)
+        weight = self._draw.lognormvariate(0.0, self._spread) if self._spread else 1.0
+        flow = self._flows.start(self._clock.now_s, letter.message.source, letter.target, letter.n_bytes, weight)
         self._crossing[flow] = letter
         self._look_at(self._clock.now_s)  # when all that starts at this moment has been started
 
