@@ -58,8 +58,9 @@ def test_without_a_link_the_own_network_is_kept_and_costs_nothing_if_there_is_no
     own = Network(4, 100.0)
     kept = from_condition(parse("step=100ms"), 4, 0, own_network=own)[1]
     assert kept == dataclasses.replace(own, share_spread=SHARE_SPREAD)
-    assert from_condition(parse("round=1s"), 4, 0, 0.1, own)[1] == Network(4, 100.0, round_s=1.0)
-    assert from_condition(parse("step=100ms"), 4, 0) == (Constant(0.1), Network(4, math.inf))
+    spread = SHARE_SPREAD
+    assert from_condition(parse("round=1s"), 4, 0, 0.1, own)[1] == Network(4, 100.0, round_s=1.0, share_spread=spread)
+    assert from_condition(parse("step=100ms"), 4, 0) == (Constant(0.1), Network(4, math.inf, share_spread=spread))
 
 
 def test_a_step_without_a_length_is_refused():
