@@ -47,7 +47,7 @@ from retention import PADDING_OVERRUN, make_images
 
 PARTS = ("network", "time", "learning")
 RANKS, MODEL, BATCH_SIZE = 4, "cnn4", 16
-ALGORITHMS = ("lasgd", "local_sgd", "sync_sgd")
+ALGORITHMS = ("lasgd", "local_sgd", "sync_sgd", "ad_psgd", "parameter_server")
 STEPS_PER_ROUND = {"local_sgd": 10}
 CONDITIONS = ("link=20mbit+step=100ms", "straggler=last:4x+step=100ms")
 LEARNING_CONDITION = CONDITIONS[0]
@@ -77,7 +77,8 @@ class Seen:
     steps_per_s_of_rank: list[float]
     s_per_round: float
     """From one round's end to the next one's, mean over the second half of the run, when the pace has settled; of
-    `sync_sgd`, all of whose steps are alike and each of whose buckets is a round in the timeline, over all of it."""
+    `sync_sgd`, all of whose steps are alike and each of whose buckets is a round in the timeline, over all of it. Where
+    ranks write to each other: from one exchange of a rank to its next, over all of the run, mean over the ranks."""
     all_reduce_s: float | None
     """From when the last rank joined a round to its end, mean over the same, for all fragments of the vector: how many
     there are is a choice between neighbours. None where rounds carry no vector."""
@@ -100,6 +101,7 @@ def seen(
     rounds: int,
     local_steps: Sequence[int],
     waited_s: Sequence[float],
+    exchanges: Sequence[int] = (),
     staleness_steps: Sequence[tuple[float, float]],
     fragments: int | None,
 ) -> Seen:
@@ -108,17 +110,20 @@ def seen(
     settled = rounds_within(intervals, wall_s / 2, wall_s)
     gaps = [later - earlier for (earlier, _), (later, _) in pairwise(settled)]
     in_buckets = algorithm == "sync_sgd"
+    between = [wall_s / own for own in exchanges if own] if found.writes_messages else None
     means, most = zip(*staleness_steps, strict=True)
     return Seen(
         steps_per_s=samples / BATCH_SIZE / wall_s,
         steps_per_s_of_rank=[steps / wall_s for steps in local_steps],
-        s_per_round=wall_s / rounds if in_buckets else _mean(gaps),
-        all_reduce_s=None if in_buckets else _mean([seconds for _, seconds in settled]) * (fragments or 1),
+        s_per_round=_mean(between) if between is not None else wall_s / rounds if in_buckets else _mean(gaps),
+        all_reduce_s=None
+        if in_buckets or found.writes_messages
+        else _mean([seconds for _, seconds in settled]) * (fragments or 1),
         fragments=fragments,
         waited_share=statistics.fmean(min(seconds / wall_s, 1.0) for seconds in waited_s),
         staleness_mean=statistics.fmean(means),
         staleness_max=max(most),
-        staleness=staleness(intervals, wall_s) if found.communicate is not None else {},
+        staleness=staleness(intervals, wall_s) if found.takes_fragments else {},
     )
 
 
@@ -211,6 +216,7 @@ def predicted(algorithm: str, condition: str, samples: int, seed: int, elements:
         rounds=run.rounds,
         local_steps=[tally.local_steps for tally in tallies],
         waited_s=[tally.waited_s for tally in tallies],
+        exchanges=[tally.exchanges for tally in tallies],
         staleness_steps=[(tally.staleness.mean_steps, tally.staleness.max_steps) for tally in tallies],
         fragments=run.fragments,
     )
@@ -231,6 +237,7 @@ def measured(run: RunRecord, timeline: bytes) -> Seen:
         rounds=run.ranks[0].rounds,
         local_steps=[rank.local_steps for rank in run.ranks],
         waited_s=[rank.waited_s for rank in run.ranks],
+        exchanges=[rank.rounds for rank in run.ranks],
         staleness_steps=[(rank.staleness_steps.mean or 0.0, rank.staleness_steps.max or 0.0) for rank in run.ranks],
         fragments=run.fragments,
     )

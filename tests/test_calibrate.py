@@ -103,11 +103,12 @@ def test_a_real_run_that_went_as_foretold_is_seen_as_foretold(algorithm, tmp_pat
 
 def test_an_all_reduce_of_cnn4_is_foretold_with_frames_and_header():
     from calibrate import predicted, vector_elements
+    from lasgd.pace import Column
 
     elements = vector_elements()
     assert elements == 391_466
     foretold = predicted("local_sgd", LINK, 6400, 0, elements)
-    assert foretold.all_reduce_s == pytest.approx(1.5 * (4 * elements + 4 * 10 * 8) / 2.5e6 * 1514 / 1448)
+    assert foretold.all_reduce_s == pytest.approx(1.5 * (4 * elements + 4 * len(Column) * 8) / 2.5e6 * 1514 / 1448)
     assert foretold.s_per_round == pytest.approx(1.0 + foretold.all_reduce_s)
     assert foretold.staleness == {} and predicted("sync_sgd", LINK, 6400, 0, elements).all_reduce_s is None
 

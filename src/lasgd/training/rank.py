@@ -243,7 +243,8 @@ class _Run:
 
     def _report(self) -> RankReport:
         averaging = self.averaging
-        record = rank_record(self.rank, averaging.tally, averaging.pace.round, self.compute_s, averaging.bytes_sent)
+        rounds = averaging.tally.exchanges if averaging.writes_messages else averaging.pace.round
+        record = rank_record(self.rank, averaging.tally, rounds, self.compute_s, averaging.bytes_sent)
         return RankReport(
             record=record,
             padded_steps=self.padding.steps,
