@@ -18,7 +18,7 @@ from compare_folders import plan, write_comparison
 from lasgd.errors import ConfigurationError
 from lasgd.lab.compare.plan import Cell, Plan
 from lasgd.lab.report import tables, words
-from lasgd.lab.report.looks import LIGHT, looks
+from lasgd.lab.report.looks import LIGHT, inlined, looks
 from lasgd.lab.report.source import Source, read_source, spread
 from lasgd.lab.report.strips import COLUMNS, coverage, rows, strip
 from lasgd.lab.report.tables import Table
@@ -266,6 +266,13 @@ def test_the_page_shows_all_that_runs_have_measured(full):
     assert sum("Histogram" in says for says in charts) == sum("Consensus" in says for says in charts) == 2
     assert any("Retention" in says for says in charts) and any("Waiting" in says for says in charts)
     assert len(re.findall('<svg class="strip"', full)) == 6
+
+
+def test_points_are_rounded_and_what_is_written_is_not():
+    drawn = '<svg viewBox="0 0 1 1"><path d="M 1.23456 2.98765"/><text x="3.14159">0.0001</text></svg>'
+    small = inlined(drawn, "says")
+    assert 'd="M 1.23 2.98"' in small and 'x="3.14"' in small
+    assert ">0.0001<" in small
 
 
 def test_pictures_take_their_colours_from_the_page(full):

@@ -59,8 +59,10 @@ def consensus(source: Source, condition: str, looks: dict[str, Look]) -> str | N
     if not drawn:
         return None
     axes.set_yscale("log")
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(lambda value, _: f"{value:.6g}")
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # Between powers of ten only where there are hardly any: labels would lie upon each other.
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if highest < 30 * lowest else "")
     axes.set_xlim(left=0)
     axes.set_xlabel(_AXES["samples"])
     axes.set_ylabel("distance from the mean")

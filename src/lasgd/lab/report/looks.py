@@ -94,7 +94,7 @@ def svg(made: Any, says: str) -> str:
             transparent=True,
             metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
         )
-    return _inlined(paper.getvalue(), says)
+    return inlined(paper.getvalue(), says)
 
 
 _STYLE: Any = {
@@ -120,13 +120,15 @@ _STYLE: Any = {
 }
 
 
-def _inlined(text: str, says: str) -> str:
+def inlined(text: str, says: str) -> str:
+    """A drawn SVG as part of a page: small, and with the page's colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a point is finer than any screen
+    # A hundredth of a point is finer than any screen. Only within tags: what stands between them is for the reader.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r"\s*\n\s*", "\n", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
