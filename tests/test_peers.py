@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -151,86 +150,6 @@ def test_diloco_with_fragments_that_would_overtake_themselves_is_refused():
     for options in (Options(sync_every=20, delay=10), Options(sync_every=15), Options(delay=-1)):
         with pytest.raises(ConfigurationError, match="delay to be less than sync-every divided by"):
             train(run, options)
-
-
-# measure.py
-
-
-def test_an_entry_is_started_by_its_own_command_with_what_all_share():
-    from peers.measure import parse_entry
-
-    own = parse_entry("local_sgd:steps-per-round=10").command({"seed": 3}, Path("here"))
-    assert own[1:4] == ["-m", "lasgd", "train"]
-    assert {"--algorithm=local_sgd", "--steps-per-round=10", "--seed=3", "--out=here"} <= set(own)
-    peer = parse_entry("torchft_diloco:delay=0:fragments=1").command({"seed": 3}, Path("here"))
-    assert Path(peer[1]) == RUN
-    assert peer[2:] == ["torchft_diloco", "--seed=3", "--delay=0", "--fragments=1", "--out=here"]
-    with pytest.raises(ConfigurationError, match="Did you mean 'torch_ddp'"):
-        parse_entry("torch_dpp")
-
-
-def test_every_seed_begins_with_another_entry():
-    from peers.measure import rotated
-
-    assert [rotated("abc", by)[0] for by in range(4)] == ["a", "b", "c", "a"]
-
-
-def test_the_target_is_reached_between_two_evaluations():
-    from peers.measure import reached
-
-    curve = [(10.0, 100, 0.2), (20.0, 200, 0.4), (30.0, 300, 0.3)]
-    assert reached(curve, 0.3) == (15.0, 150.0)
-    assert reached(curve, 0.1) == (10.0, 100.0)
-    assert reached(curve, 0.41) is None
-
-
-def finished(seconds: float, top1: float = 0.8):
-    from peers.measure import Seen
-
-    return Seen("finished", final_top1=top1, wall_s=seconds, curve=((seconds / 2, 50, top1 / 2), (seconds, 100, top1)))
-
-
-def test_a_seed_that_failed_leaves_no_seconds_to_target():
-    from peers.measure import Seen, row
-
-    assert row([finished(10.0), finished(20.0)], 0.8)["seconds_to_target"] == 15.0
-    assert row([finished(10.0), finished(20.0, top1=0.7)], 0.8)["seconds_to_target"] is None
-    failed = row([finished(10.0), Seen("failed", "rank 1 was lost")], 0.8)
-    assert failed["seconds_to_target"] is None
-    assert failed["errors"] == ["rank 1 was lost"]
-
-
-def test_lasgd_is_held_to_the_bars_and_a_peer_that_never_gets_there_is_late_for_ever():
-    from peers.measure import bars, parse_entry, row
-
-    entries = [parse_entry(name) for name in ("lasgd", "torch_ddp", "torchft_diloco")]
-    rows = {"lasgd": row([finished(10.0)], 0.8), "torch_ddp": row([finished(39.0)], 0.8)}
-    rows["torchft_diloco"] = row([finished(10.0, top1=0.7)], 0.8)
-    ddp, diloco, padding = bars("slow", rows, entries)
-    assert (ddp.value, ddp.holds) == (3.9, False)
-    assert (diloco.value, diloco.holds) == (math.inf, True)
-    assert padding.holds
-    rows["lasgd"] = row([finished(10.0, top1=0.7)], 0.8)
-    assert bars("slow", rows, entries)[0].holds is False, "lasgd that never gets there is sooner than nobody"
-    rows["torch_ddp"] = row([], 0.8)
-    assert bars("slow", rows, entries)[0].holds is None, "a peer that did not run was not measured"
-
-
-def test_a_kept_run_of_other_settings_is_not_taken(tmp_path):
-    from peers.measure import is_of
-
-    record = RunRecord(
-        status="finished",
-        algorithm="peer:torch_ddp",
-        condition="fast",
-        settings={"batch_size": 16, "lr": 0.05},
-        environment={},
-        world_size=2,
-    )
-    (tmp_path / "run.json").write_text(record.model_dump_json())
-    assert is_of(tmp_path, {"batch-size": 16, "lr": 0.05})
-    assert not is_of(tmp_path, {"batch-size": 32, "lr": 0.05})
-    assert not is_of(tmp_path / "nowhere", {})
 
 
 # Real runs

@@ -1,0 +1,348 @@
+"""The comparison that the paper makes: all algorithms, and other libraries, under the standard conditions.
+
+    python benchmarks/comparison.py digits                          all algorithms, five conditions, three seeds
+    python benchmarks/comparison.py cifar10 --data cifar10.tar.xz   the main ones and the peers
+    python benchmarks/comparison.py tiny-imagenet --data tiny-imagenet-20.tar.xz
+    python benchmarks/comparison.py quality                         the same entered twice: how far do equals differ?
+    python benchmarks/comparison.py digits --conditions slow --entries lasgd,sync_sgd --seeds 0 --runs kept
+
+Each is a `lasgd compare` (same engine, same report, in the folder `--runs`), and may be made in parts: what is stored
+in benchmarks/results/comparison-STUDY.json from earlier calls stays there, and runs of the same entry, condition and
+seed take the place of earlier ones. Learning rates are chosen from a grid in virtual time. Peers that are not installed
+are left out, and the output says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common import RESULTS, Bar, Report, arguments_for, run_card, where_to_store
+from lasgd.cli.entries import parse_entries
+from lasgd.lab.compare.engine import Comparison
+from lasgd.lab.compare.entry import Entry, options
+from lasgd.lab.compare.figures import crossing, read_folder
+from lasgd.lab.compare.plan import TARGET_SHARE, Plan
+from lasgd.lab.compare.progress import Progress
+from lasgd.lab.report.write import write
+from lasgd.training.settings import Settings
+from peers import named
+
+FOLDER = Path(__file__).resolve().parent
+REFERENCE = "sync_sgd"
+ALL_CONDITIONS = ("fast", "slow", "straggler", "jitter", "both")
+GRID = (0.0125, 0.025, 0.05, 0.1, 0.2)
+BLOCKING = ("sync_sgd", "local_sgd", "post_local_sgd", "diloco", "overlap_local_sgd", "cocod_sgd", "d_psgd", "sgp")
+GOSSIP = ("d_psgd", "sgp", "osgp", "ad_psgd")
+EVERY = (
+    "lasgd,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,diloco:steps-per-round=10,"
+    "overlap_local_sgd:steps-per-round=10,cocod_sgd:steps-per-round=10,d_psgd,sgp,osgp,ad_psgd,parameter_server,"
+    "easgd:steps-per-round=10"
+)
+MAIN = "lasgd,sync_sgd,local_sgd:steps-per-round=10,ad_psgd,osgp,parameter_server"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison."""
+
+    data: str
+    entries: str
+    samples: int
+    seeds: tuple[int, ...]
+    conditions: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+    grid: tuple[float, ...] = GRID
+
+
+PEERS = (
+    "torch_ddp",
+    "torch_post_local_sgd:sync-every=10",
+    "torchft_local_sgd:sync-every=10",
+    "torchft_diloco:sync-every=10",
+    "hivemind_optimizer",
+)
+STUDIES = {
+    "digits": Study("digits", EVERY, 20_000, (0, 1, 2), ALL_CONDITIONS),
+    "cifar10": Study("cifar10.tar.xz", MAIN, 60_000, (0, 1, 2), ALL_CONDITIONS, PEERS),
+    "tiny-imagenet": Study(
+        "tiny-imagenet-20.tar.xz", "lasgd,sync_sgd,ad_psgd", 40_000, (0,), ("fast", "slow", "straggler", "both")
+    ),
+    "quality": Study("digits", "lasgd,lasgd,sync_sgd,sync_sgd", 20_000, (0, 1, 2), ("fast",), grid=()),
+}
+
+
+# Entries
+
+
+def peer_entry(text: str) -> Entry:
+    """`NAME[:option=value]...` of a peer, whose run is run.py's."""
+    name, *words = text.split(":")
+
+    def command(settings: Settings, folder: Path) -> list[str]:
+        from peers.run import SHARED
+
+        given = settings.model_fields_set & set(SHARED)
+        asked = settings.model_dump(include=given)
+        shared = options(Settings.model_validate(asked))
+        return [
+            *(sys.executable, str(FOLDER / "peers" / "run.py"), name, *shared),
+            *(f"--{word}" for word in words),
+            *("--out", str(folder)),
+        ]
+
+    return Entry(f"peer:{text}", name, command=command, can_be_simulated=False)
+
+
+def entries_of(study: Study, asked: str | None, shared: Settings, notes: list[str]) -> tuple[Entry, ...]:
+    """Those that can run here; `asked` names some of them, or others."""
+    texts = [*study.entries.split(","), *study.peers] if asked is None else asked.split(",")
+    own = [text for text in texts if text.split(":")[0] not in named.PEERS]
+    found = list(parse_entries(own, shared)) if own else []
+    for text in texts:
+        if text.split(":")[0] in named.PEERS:
+            why_not = named.why_not(text.split(":")[0])
+            if why_not is not None:
+                notes.append(f"left out: {why_not}")
+            else:
+                found.append(peer_entry(text))
+    return tuple(found)
+
+
+# What is stored of a run
+
+
+def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The finished and failed runs, each with its curve, and without what only its folder is good for."""
+    found = []
+    for run in results["runs"]:
+        if run["status"] == "missing":
+            continue
+        kept = {key: value for key, value in run.items() if key not in ("folder", "took_s")}
+        metrics = read_folder(folder / run["folder"]).metrics
+        kept["curve"] = [[round(m["wall_s"], 3), m["samples"], m["top1"], m.get("consensus")] for m in metrics]
+        found.append(kept | {"commit": card["commit"], "date": card["date"]})
+    return found
+
+
+def merged(earlier: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier runs, but for those that have been made again."""
+    by_key = {(run["condition"], run["algorithm"], run["seed"]): dict(run) for run in [*earlier, *now]}
+    return list(by_key.values())
+
+
+# What is said of them
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one entry under one condition."""
+
+    runs: Sequence[Mapping[str, Any]]
+
+    @property
+    def finished(self) -> list[Mapping[str, Any]]:
+        """Those that came to their end."""
+        return [run for run in self.runs if run["status"] == "finished"]
+
+    def top1(self) -> float | None:
+        """Final, mean over the seeds."""
+        values = [run["final_top1"] for run in self.finished if run["final_top1"] is not None]
+        return statistics.fmean(values) if values else None
+
+    def seconds_to(self, target: float) -> float | None:
+        """Mean over the seeds; None unless every one reached it."""
+        lines = ("wall_s", "samples", "top1")
+        times = [
+            crossing([dict(zip(lines, point, strict=False)) for point in run["curve"]], target, "wall_s")
+            for run in self.finished
+        ]
+        known = [seconds for seconds in times if seconds is not None]
+        return statistics.fmean(known) if known and len(known) == len(self.runs) else None
+
+
+def cells(runs: Sequence[Mapping[str, Any]], condition: str) -> dict[str, Cell]:
+    """By entry, in the order in which they are stored."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["condition"] == condition:
+            found.setdefault(run["algorithm"], []).append(run)
+    return {label: Cell(of_label) for label, of_label in found.items()}
+
+
+def target_of(found: Mapping[str, Cell]) -> float | None:
+    """TARGET_SHARE of what the reference reaches under the same condition."""
+    reached = found[REFERENCE].top1() if REFERENCE in found else None
+    return None if reached is None else TARGET_SHARE * reached
+
+
+def kind(label: str) -> str:
+    """The algorithm or peer of an entry."""
+    return label.removeprefix("peer:").split(":")[0].split(" ")[0]
+
+
+def sooner(found: Mapping[str, Cell], label: str, target: float) -> float | None:
+    """How many times sooner `lasgd` is there than `label`, which is infinitely late where it never gets there.
+
+    0 where `lasgd` does not get there itself; None where a run of the other is missing or has failed.
+    """
+    ours, theirs = found["lasgd"].seconds_to(target), found[label].seconds_to(target)
+    if ours is None:
+        return 0.0
+    if theirs is None:
+        return math.inf if len(found[label].finished) == len(found[label].runs) else None
+    return theirs / ours
+
+
+def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """What the study is held to, as far as its runs have been made."""
+    made: list[Bar] = []
+    for condition in dict.fromkeys(run["condition"] for run in runs):
+        found = cells(runs, condition)
+        target = target_of(found)
+        if target is None or "lasgd" not in found:
+            continue
+        if study == "cifar10":
+            made += time_bars(condition, found, target)
+        if study == "quality":
+            made += quality_bars(condition, found, target)
+    if study == "digits":
+        made += honest_bars(cells(runs, "fast"))
+    return made
+
+
+def time_bars(condition: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
+    """Of `lasgd`'s time to the target against the others'."""
+    times = {label: sooner(found, label, target) for label in found if label != "lasgd"}
+    least = {"slow": 4.0, "straggler": 2.5, "jitter": 1.2, "fast": 0.95}.get(condition)
+    made: list[Bar] = []
+    if least is not None:
+        made.append(Bar(f"{condition}: sooner than {REFERENCE} (DDP)", times.pop(REFERENCE), at_least=least, unit="x"))
+    for label, value in times.items():
+        if condition == "slow" and (kind(label) in BLOCKING or label.startswith("peer:")):
+            made.append(Bar(f"slow: sooner than {label}", value, at_least=1.2, unit="x"))
+        elif condition == "slow" or (condition in ("straggler", "jitter") and kind(label) in GOSSIP):
+            made.append(Bar(f"{condition}: not 10 % later than {label}", value, at_least=1 / 1.1, unit="x"))
+    return made
+
+
+def quality_bars(condition: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
+    """Of the same algorithm entered twice."""
+    made = []
+    for label in found:
+        twin = f"{label} (2)"
+        if twin not in found:
+            continue
+        rates = [statistics.fmean(run["steps_per_s"] for run in found[each].finished) for each in (label, twin)]
+        made.append(Bar(f"{condition}: {label} twice, steps/s apart", _apart(*rates), at_most=0.05))
+        times = [found[each].seconds_to(target) for each in (label, twin)]
+        apart = _apart(*times) if all(times) else None
+        made.append(Bar(f"{condition}: {label} twice, time to target apart", apart, at_most=0.15))
+    return made
+
+
+def honest_bars(found: Mapping[str, Cell]) -> list[Bar]:
+    """Gossip and server at equal samples, in points behind synchronous SGD."""
+    reference = found[REFERENCE].top1() if REFERENCE in found else None
+    made = []
+    for name in ("ad_psgd", "sgp", "parameter_server"):
+        own = found[name].top1() if name in found else None
+        behind = None if reference is None or own is None else 100 * (reference - own)
+        seeds = len(found[name].finished) if name in found else 0
+        made.append(Bar(f"fast: {name} behind {REFERENCE}, {seeds} seeds", behind, at_most=2.0, unit=" points"))
+    return made
+
+
+def _apart(one: Any, other: Any) -> float:
+    return abs(one - other) / ((one + other) / 2)
+
+
+# The command
+
+
+def main() -> int:
+    """Runs what is missing, stores, and prints the JSON."""
+    parser = arguments_for("comparison", __doc__)
+    parser.add_argument("study", choices=tuple(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--data", help="the data set, where it is not bundled")
+    parser.add_argument("--runs", type=Path, help="where run folders and report go, and are found again")
+    parser.add_argument("--conditions", help="separated by commas; default: the study's")
+    parser.add_argument("--entries", help="separated by commas; default: the study's")
+    parser.add_argument("--seeds", help="separated by commas; default: the study's")
+    parser.add_argument("--grid", help="learning rates, separated by commas; default: the study's")
+    parser.add_argument("--samples", type=int)
+    arguments = parser.parse_args()
+    study = STUDIES[arguments.study]
+    if arguments.samples is not None:
+        study = dataclasses.replace(study, samples=arguments.samples)
+    if arguments.quick:
+        study = dataclasses.replace(study, samples=1500, seeds=(0,), conditions=("fast",), grid=(), peers=())
+    with tempfile.TemporaryDirectory() as temporary:
+        return _measured(arguments, study, arguments.runs or Path(temporary) / "runs")
+
+
+def _measured(arguments: argparse.Namespace, study: Study, folder: Path) -> int:
+    shared = Settings(
+        data=arguments.data or study.data,
+        model="cnn4",
+        batch_size=16,
+        ranks=4,
+        samples=study.samples,
+        lr=0.05,
+        evaluations=20,
+        checkpoints=0,
+        device="cpu",
+    )
+    seeds = _numbers(arguments.seeds, int) or study.seeds
+    grid = _numbers(arguments.grid, float) or study.grid
+    name = f"comparison-{arguments.study}"
+    report = Report(name, run_card(shared.model_dump(mode="json", exclude={"data"}), seeds))
+    plan = Plan(
+        shared=shared,
+        entries=entries_of(study, arguments.entries, shared, report.notes),
+        conditions=tuple(arguments.conditions.split(",")) if arguments.conditions else study.conditions,
+        seeds=seeds,
+        reference=REFERENCE,
+        lr_grid=grid,
+        tune="virtual" if grid else "real",
+        tuning_seed=seeds[0],
+        command=report.card["command"],
+    )
+    outcome = Comparison(plan, folder, Progress(Console())).run()
+    write([folder], folder)
+    where = where_to_store(name, arguments)
+    place = where or RESULTS / f"{name}.json"
+    earlier = json.loads(place.read_text(encoding="utf-8"))["figures"] if where and place.exists() else {}
+    runs = merged(earlier.get("runs", ()), stored_runs(outcome.results, folder, report.card))
+    report.figures = {
+        "runs": runs,
+        "grid": earlier.get("grid", [])
+        + [
+            {key: trial[key] for key in ("algorithm", "condition", "lr", "final_loss", "final_top1", "chosen")}
+            for trial in outcome.results["grid"]["tried"]
+        ],
+    }
+    for bar in bars(arguments.study, runs):
+        report.add(bar)
+    failed = [run for run in runs if run["status"] != "finished"]
+    report.notes += [f"{run['status']}: {run['algorithm']}, {run['condition']}, seed {run['seed']}" for run in failed]
+    return report.finish(where)
+
+
+def _numbers(text: str | None, kind: type) -> tuple[Any, ...]:
+    return tuple(kind(word) for word in text.split(",")) if text else ()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""benchmarks/comparison.py: what it starts, what it stores, and what it holds `lasgd` to."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from lasgd.training.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+
+def run(label, condition="slow", seed=0, seconds=10.0, top1=0.8, status="finished"):
+    """A run that gets to `top1` in a straight line, in `seconds`."""
+    curve = [[seconds * part / 10, 100 * part, top1 * part / 10, None] for part in range(1, 11)]
+    rates = {"steps_per_s": 1000 / seconds}
+    common = {"algorithm": label, "condition": condition, "seed": seed, "status": status, "final_top1": top1}
+    return common | rates | {"curve": curve if status == "finished" else []}
+
+
+def found_bars(study, runs):
+    from comparison import bars
+
+    return {bar.what: bar for bar in bars(study, runs)}
+
+
+def test_lasgd_is_held_to_the_reference_the_blocking_ones_and_the_others():
+    runs = [run("lasgd"), run("sync_sgd", seconds=39.0), run("local_sgd:steps-per-round=10", seconds=11.0)]
+    runs += [run("ad_psgd", seconds=9.5), run("peer:torchft_diloco", top1=0.5)]
+    bars = found_bars("cifar10", runs)
+    ddp = bars["slow: sooner than sync_sgd (DDP)"]
+    assert (round(ddp.value, 2), ddp.holds) == (3.9, False)
+    assert bars["slow: sooner than local_sgd:steps-per-round=10"].holds is False
+    assert bars["slow: not 10 % later than ad_psgd"].holds is True
+    late = bars["slow: sooner than peer:torchft_diloco"]
+    assert (late.value, late.holds) == (math.inf, True)
+
+
+def test_lasgd_that_never_gets_there_is_sooner_than_nobody():
+    bars = found_bars("cifar10", [run("lasgd", top1=0.5), run("sync_sgd"), run("ad_psgd", top1=0.5)])
+    assert bars["slow: sooner than sync_sgd (DDP)"].holds is False
+    assert bars["slow: not 10 % later than ad_psgd"].holds is False
+
+
+def test_who_has_a_failed_run_was_not_measured():
+    runs = [run("lasgd"), run("sync_sgd"), run("ad_psgd"), run("ad_psgd", seed=1, status="failed")]
+    assert found_bars("cifar10", runs)["slow: not 10 % later than ad_psgd"].holds is None
+
+
+def test_one_seed_that_misses_the_target_is_a_miss():
+    runs = [run("lasgd"), run("lasgd", seed=1, top1=0.7), run("sync_sgd"), run("sync_sgd", seed=1)]
+    assert found_bars("cifar10", runs)["slow: sooner than sync_sgd (DDP)"].value == 0.0
+
+
+def test_gossip_is_held_to_synchronous_sgd_in_points():
+    runs = [run("sync_sgd", "fast"), run("ad_psgd", "fast", top1=0.79), run("sgp", "fast", top1=0.77)]
+    bars = found_bars("digits", runs)
+    assert bars["fast: ad_psgd behind sync_sgd, 1 seeds"].holds is True
+    assert bars["fast: sgp behind sync_sgd, 1 seeds"].holds is False
+    assert bars["fast: parameter_server behind sync_sgd, 0 seeds"].holds is None
+
+
+def test_twins_are_held_together():
+    twins = [run("lasgd", "fast"), run("lasgd (2)", "fast", seconds=10.4), run("sync_sgd", "fast")]
+    bars = found_bars("quality", twins)
+    assert bars["fast: lasgd twice, steps/s apart"].value == pytest.approx(0.0392, abs=1e-3)
+    assert all(bar.holds for bar in bars.values())
+    twins[1] = run("lasgd (2)", "fast", seconds=12.0)
+    assert not any(bar.holds for bar in found_bars("quality", twins).values())
+
+
+def test_runs_made_again_take_the_place_of_earlier_ones_and_others_stay():
+    from comparison import merged
+
+    earlier = [run("lasgd"), run("sync_sgd"), run("lasgd", seed=1)]
+    runs = merged(earlier, [run("lasgd", seconds=5.0), run("osgp")])
+    assert [(r["algorithm"], r["seed"]) for r in runs] == [("lasgd", 0), ("sync_sgd", 0), ("lasgd", 1), ("osgp", 0)]
+    assert runs[0]["curve"][-1][0] == 5.0
+
+
+def test_a_peer_is_started_with_what_all_share_and_its_own():
+    from comparison import peer_entry
+
+    entry = peer_entry("torchft_diloco:delay=0:fragments=1")
+    settings = entry.settings(Settings(samples=1000, ranks=4, checkpoints=0, device="cpu"), "slow", 3, lr=0.1)
+    command = entry.command(settings, Path("here"))
+    assert Path(command[1]).parts[-2:] == ("peers", "run.py")
+    assert command[2] == "torchft_diloco"
+    assert command[-4:] == ["--delay=0", "--fragments=1", "--out", "here"]
+    assert {"--samples", "--condition", "--seed", "--lr"} <= set(command)
+    assert not {"--algorithm", "--checkpoints", "--device"} & set(command)
+    assert not entry.can_be_simulated
+
+
+def test_every_studys_entries_can_be_read():
+    from comparison import STUDIES, entries_of
+
+    for study in STUDIES.values():
+        assert entries_of(study, None, Settings(samples=1000), [])
