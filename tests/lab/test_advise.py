@@ -9,7 +9,18 @@ from rich.console import Console
 
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
-from lasgd.lab.advise import ABOUT_EQUAL, Advice, _Kept, _Lab, advice_table, advise, ranked
+from lasgd.lab.advise import (
+    ABOUT_EQUAL,
+    MOST_WRITING_RANKS,
+    SAME_TIME,
+    Advice,
+    _Kept,
+    _Lab,
+    advice_table,
+    advise,
+    ranked,
+    rounds_to_hear_of_all,
+)
 from lasgd.lab.simulation import Plan, simulated
 from lasgd.virtual.compute_models import Constant, LogNormal, Stalls, Stragglers
 from lasgd.virtual.network_models import Network, Nodes
@@ -140,9 +151,45 @@ def test_nodes_and_other_all_reduces_are_taken_into_account():
 def test_every_algorithm_that_agrees_is_advised_on_and_progress_says_so():
     lines: list[str] = []
     found = advices(bytes_per_s=FAST_LAN, progress=lines.append)
-    agreeing = {name for name in registry.names() if registry.find(name).agrees}
-    assert {advice.algorithm for advice in found} == agreeing
-    assert lines[: len(agreeing)] == [f"simulating {name}" for name in registry.names() if name in agreeing]
+    tried = {name for name in registry.names() if registry.find(name).agrees} - set(SAME_TIME)
+    assert {advice.algorithm for advice in found} == tried
+    assert [line for line in lines if "," not in line] == [f"simulating {n}" for n in registry.names() if n in tried]
+    assert "diloco takes local_sgd's time." in " ".join(printed(found).split())
+
+
+@pytest.mark.parametrize(("name", "other"), [("diloco", "local_sgd"), ("post_local_sgd", "sync_sgd")])
+def test_what_is_not_tried_takes_the_time_of_what_is(name, other):
+    settings = {"synchronous_share": 1.0} if name == "post_local_sgd" else {}
+    runs = [
+        simulated(Plan(algorithm, 4, Stragglers(STEP, {3: 2.0}), Network(4, 1e7), MODEL, 4 * 32 * 30))
+        for algorithm in (registry.find(name, settings), registry.find(other))
+    ]
+    assert runs[0].virtual_s == pytest.approx(runs[1].virtual_s)
+
+
+def test_where_too_many_ranks_would_write_to_each_other_those_algorithms_are_left_out_and_named():
+    found = advices(ranks=MOST_WRITING_RANKS + 1, network=Network(MOST_WRITING_RANKS + 1, math.inf))
+    assert {a.algorithm for a in found} == {"lasgd", "local_sgd", "sync_sgd", "overlap_local_sgd", "cocod_sgd"}
+    said = " ".join(printed(found).split())
+    assert "Left out, since on more than 128 ranks their messages take long to simulate: d_psgd, sgp, osgp," in said
+
+
+def test_a_server_is_as_slow_as_its_link_that_all_share():
+    found = advices(bytes_per_s=FAST_LAN, ranks=16, network=Network(16, 1.25e8))
+    server = of(found, "parameter_server", "steps_per_round 64")
+    # Fifteen workers' vectors cross the server's link both ways, at once: 5.4 s for 64 steps of 0.2 s.
+    assert server.samples_per_s < 16 * 32 * 64 / (64 * 0.2 + 15 * MODEL.nbytes / 1.25e8) * 1.15
+    assert "for messages" in server.reason
+    assert of(found, "osgp").share_of_limit == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rounds"),
+    [("d_psgd", {}, 4), ("sgp", {}, 3), ("ad_psgd", {}, 3), ("d_psgd", {"topology": "complete"}, 1), ("lasgd", {}, 1)],
+)
+def test_a_rank_hears_of_all_after_as_many_exchanges_as_the_topology_takes(name, settings, rounds):
+    assert rounds_to_hear_of_all(registry.find(name, settings), 8) == rounds
+    assert rounds_to_hear_of_all(registry.find(name, settings), 1) == 1
 
 
 def test_the_limit_is_what_independent_reaches():

@@ -9,7 +9,8 @@ per sample, by how much nobody can say without training. So of algorithms that a
 ranks know most of each other comes first, and the table says what the others pay.
 
 A simulated step may stand for several (`_Joined`), where rounds take so many steps that nobody would wait for the
-simulation otherwise.
+simulation otherwise. Not tried are algorithms that take another one's time (`SAME_TIME`) and, on very many ranks, those
+whose ranks write to each other: every message that begins or ends changes what the others have of the links.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -45,6 +47,18 @@ STEPS_PER_ROUND = (1, 4, 16, 64)
 OLD_STEPS = 5.0
 """An age from which on accuracy per sample visibly suffers: in the table of docs/algorithms.md, 0.51 falls to 0.45."""
 
+SAME_TIME = {
+    "diloco": "local_sgd's",
+    "post_local_sgd": "sync_sgd's first, local_sgd's then",
+}
+"""Algorithms that ask for the same as others, and so take their time per sample."""
+
+LATE_BY_A_ROUND = frozenset({"overlap_local_sgd", "parameter_server"})
+"""What these merge was known to a rank a round before, but their counts of staleness are of something else."""
+
+MOST_WRITING_RANKS = 128
+"""On more ranks algorithms whose ranks write to each other are left out."""
+
 _MOST_STEPS_PER_ROUND = 1000
 _EVENTS = 40_000  # steps of single ranks in one simulation, about: half a second
 _DRAWS = 600_000  # step times of single ranks; then the first ones come again
@@ -52,6 +66,9 @@ _STEADY_ROUNDS = 12  # where all steps of a rank take the same time every round 
 _LASGD_ROUNDS = 200  # ... but for where in a step it falls
 _MOST_ROUNDS = 3000
 _LEAST_ROUNDS = 5
+_WRITING_STEPS = (10, 400)  # least and most simulated steps where ranks write to each other
+_WRITTEN_ROUNDS = 10  # at least so many exchanges where they do so in the background
+_HEADERS = 500  # about so many agreements may pass while one rank waits for a server that serves all
 _JOINED_ROUND_STEPS = 25  # a round takes at least so many simulated steps where each stands for several
 
 
@@ -80,7 +97,8 @@ class Advice:
     reason: str
     """Why, in a sentence with figures."""
     steps_between_averages: float
-    """Local steps of the median rank from one average of a fragment to the next; 0 where replicas never differ."""
+    """Local steps of the median rank from one average of a fragment to the next; where a rank hears of few others at a
+    time, until it has heard of all. 0 where replicas never differ."""
 
     @property
     def age_steps(self) -> float:
@@ -100,6 +118,9 @@ def advise(
 ) -> list[Advice]:
     """Every algorithm whose ranks agree, best first: by time per sample, and where that is about equal by age.
 
+    Of local SGD every number of steps tried, to show what it does; of others the best. See SAME_TIME and
+    MOST_WRITING_RANKS for those that are left out.
+
     `progress` is told what is simulated, a line each. Raises ConfigurationError as the network does.
     """
     lab = _Lab.of(ranks, compute, network, vector, batch_size, all_reduce)
@@ -108,7 +129,12 @@ def advise(
         algorithm = registry.find(name)
         if not algorithm.agrees:
             continue  # no communication at all: the limit itself
+        if name in SAME_TIME or (algorithm.writes_messages and ranks > MOST_WRITING_RANKS):
+            continue
         progress(f"simulating {name}")
+        if algorithm.writes_messages:
+            found.append(lab.best_of_writing(algorithm))
+            continue
         if algorithm.communicate is not None or algorithm.averages_gradients:
             found.append(lab.tried(algorithm))
             continue
@@ -117,7 +143,8 @@ def advise(
         if enough is not None and enough not in trials:
             progress(f"simulating {name}, {enough} steps per round")
             trials[enough] = lab.trial(algorithm, enough)
-        found += [lab.advice(trials[steps], steps, is_enough=steps == enough) for steps in sorted(trials)]
+        tried = [lab.advice(trials[steps], steps, is_enough=steps == enough) for steps in sorted(trials)]
+        found += tried if name == "local_sgd" else ranked(tried)[:1]
     return ranked(found)
 
 
@@ -178,6 +205,13 @@ def _closing(advices: Sequence[Advice]) -> list[str]:
             f"With {first.algorithm} what a rank knows of the others is {_plain(first.age_steps)} steps old: expect "
             "to pay in accuracy per sample. A quicker link, a smaller model or a larger batch makes it fresher."
         )
+    shown = {advice.algorithm for advice in advices}
+    if left_out := [name for name in registry.names() if registry.find(name).writes_messages and name not in shown]:
+        lines.append(
+            f"Left out, since on more than {MOST_WRITING_RANKS} ranks their messages take long to simulate: "
+            f"{', '.join(left_out)}."
+        )
+    lines.append(" ".join(f"{name} takes {whose} time." for name, whose in SAME_TIME.items()))
     lines.append(
         "Predicted is time per sample, not time to an accuracy: late or rare averages teach less per sample. "
         "limit: share of the samples/s without any communication. late: local steps from snapshot to merge. age: how "
@@ -188,6 +222,21 @@ def _closing(advices: Sequence[Advice]) -> list[str]:
 
 def _named(advice: Advice) -> str:
     return f"{advice.algorithm} with {advice.setting}" if advice.setting else advice.algorithm
+
+
+def rounds_to_hear_of_all(algorithm: Algorithm, ranks: int) -> float:
+    """Exchanges after which a rank has heard, at second hand too, of all others; 1 where every average is over all."""
+    if not algorithm.writes_messages or ranks == 1:
+        return 1.0
+    settings: Any = algorithm.settings
+    if hasattr(settings, "alpha"):  # elastic: at every exchange the centre takes a share of the distance
+        return 1 / settings.alpha(ranks)
+    name = getattr(settings, "topology", "complete")
+    if name == "ring":
+        return ranks / 2
+    if name == "exponential" or (algorithm.exchange is not None and hasattr(settings, "topology")):
+        return math.log2(ranks)  # with one other at a time
+    return 1.0
 
 
 # Simulations
@@ -355,6 +404,25 @@ class _Lab:
         steps = max(1, round(rounds * round_steps / joined))
         return self._simulated(algorithm, steps_per_round, fragments, joined, steps)
 
+    def best_of_writing(self, algorithm: Algorithm) -> Advice:
+        """Of an algorithm whose ranks write to each other: with fewer exchanges where it waits for them."""
+        round_steps = self.round_steps(1)
+        affordable = [steps for steps in STEPS_PER_ROUND if round_steps * self.ranks <= _HEADERS * steps]
+        tried: list[Advice] = []
+        for steps_per_round in affordable or STEPS_PER_ROUND[-1:]:
+            passing = max(1.0, round_steps / steps_per_round)
+            least, most = _WRITING_STEPS
+            steps = max(least, min(most, int(_EVENTS / (self.ranks**2 * passing))))
+            trial = self._simulated(algorithm, steps_per_round, 1, steps_per_round, steps)
+            waits = trial.waited_share > 0.001
+            if not waits:
+                steps = max(steps, round(_WRITTEN_ROUNDS * passing))
+                trial = self._simulated(algorithm, steps_per_round, 1, steps_per_round, steps)
+            tried.append(self.advice(trial, steps_per_round if waits or steps_per_round > 1 else None))
+            if not waits:
+                break
+        return ranked(tried)[0]
+
     def _simulated(self, algorithm: Algorithm, steps_per_round: int, fragments: int, joined: int, steps: int) -> _Trial:
         plan = Plan(
             algorithm,
@@ -377,25 +445,28 @@ class _Lab:
         # Of the very steps that were taken, whose time is known, so that chance cancels.
         alone_per_s = sum(rank.tally.samples / rank.compute_s for rank in run.ranks)
         agreed = paces[0].round or run.rounds  # without the last exact average
-        bytes_sent = statistics.fmean(rank.bytes_sent for rank in run.ranks)
+        bytes_sent = statistics.fmean(rank.bytes_sent for rank in run.ranks) * (agreed / run.rounds if agreed else 1)
         median_steps = statistics.median_low(rank.tally.local_steps for rank in run.ranks)
+        if algorithm.writes_messages:
+            agreed = statistics.fmean(rank.tally.exchanges for rank in run.ranks)
+        between = median_steps * joined / agreed if agreed else math.inf
         return _Trial(
             algorithm,
             share_of_limit=min(1.0, run.samples_per_s / alone_per_s),
-            staleness_steps=run.staleness_steps * joined,
+            staleness_steps=between if algorithm.name in LATE_BY_A_ROUND else run.staleness_steps * joined,
             waited_share=run.waited_share,
-            bytes_per_s=bytes_sent * (agreed / run.rounds if run.rounds else 1.0) / run.virtual_s,
+            bytes_per_s=bytes_sent / run.virtual_s,
             fragments=run.fragments,
             round_s=run.virtual_s / max(1, agreed),
-            steps_per_round=median_steps * joined / agreed if agreed else math.inf,
+            steps_per_round=between,
             waits=waits,
         )
 
     def advice(self, trial: _Trial, steps_per_round: int | None, is_enough: bool = False) -> Advice:
         """The trial in the user's words. `is_enough`: no lower steps_per_round hides the network."""
         samples_per_s = trial.share_of_limit * self.limit_samples_per_s
-        apart = trial.steps_per_round * trial.fragments
-        if trial.algorithm.averages_gradients:
+        apart = trial.steps_per_round * trial.fragments * rounds_to_hear_of_all(trial.algorithm, self.ranks)
+        if trial.algorithm.averages_gradients or math.isnan(apart):
             apart = 0.0
         reason = self._reason(trial, apart)
         if is_enough and steps_per_round != 1:
@@ -415,6 +486,8 @@ class _Lab:
         )
 
     def _reason(self, trial: _Trial, apart: float) -> str:
+        if trial.algorithm.writes_messages:
+            return self._reason_of_writing(trial, apart)
         if trial.waits.rounds:
             steps = round(trial.steps_per_round)
             when = "every step" if steps <= 1 else f"every {steps} steps it"
@@ -431,6 +504,14 @@ class _Lab:
             f"never waits; {whole}, one of {trial.fragments} parts {_steps(self.round_steps(trial.fragments))}, "
             f"so means are {late} late, and each part is averaged every {_steps(apart)}"
         )
+
+    def _reason_of_writing(self, trial: _Trial, apart: float) -> str:
+        heard = f"a rank has heard of all in {_steps(apart)}" if apart else "there is nobody to hear of"
+        if trial.waited_share <= 0.001:
+            return f"never waits; messages are {_steps(trial.staleness_steps)} late, and {heard}"
+        steps = round(trial.steps_per_round)
+        when = "every step" if steps <= 1 else f"every {steps} steps it"
+        return f"{when} waits {_seconds(trial.waited_share * trial.round_s)} for messages; {heard}"
 
     def _waiting(self, waits: _Waits, round_s: float) -> str:
         network_s, others_s = waits.for_network_s, waits.for_others_s
