@@ -41,7 +41,7 @@ def print_advice(settings: SimulationSettings, given: set[str], run: Path | None
                 progress=status.update,
             )
     console.print()
-    console.print(advice_table(advices))
+    console.print(advice_table(advices, measured.ranks))
 
 
 def _from_settings(settings: SimulationSettings, given: set[str]) -> Measured:

@@ -48,8 +48,8 @@ OLD_STEPS = 5.0
 """An age from which on accuracy per sample visibly suffers: in the table of docs/algorithms.md, 0.51 falls to 0.45."""
 
 SAME_TIME = {
-    "diloco": "local_sgd's",
-    "post_local_sgd": "sync_sgd's first, local_sgd's then",
+    "diloco": "local_sgd",
+    "post_local_sgd": "sync_sgd, then of local_sgd",
 }
 """Algorithms that ask for the same as others, and so take their time per sample."""
 
@@ -66,7 +66,8 @@ _STEADY_ROUNDS = 12  # where all steps of a rank take the same time every round 
 _LASGD_ROUNDS = 200  # ... but for where in a step it falls
 _MOST_ROUNDS = 3000
 _LEAST_ROUNDS = 5
-_WRITING_STEPS = (10, 400)  # least and most simulated steps where ranks write to each other
+_WRITING_STEPS, _STEADY_WRITING_STEPS = 400, 40  # most simulated steps where ranks write to each other
+_LEAST_WRITING_STEPS = 10
 _WRITTEN_ROUNDS = 10  # at least so many exchanges where they do so in the background
 _HEADERS = 500  # about so many agreements may pass while one rank waits for a server that serves all
 _JOINED_ROUND_STEPS = 25  # a round takes at least so many simulated steps where each stands for several
@@ -114,9 +115,10 @@ def advise(
     vector: Vector,
     batch_size: int,
     all_reduce: str = "ring",
+    algorithms: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Advice]:
-    """Every algorithm whose ranks agree, best first: by time per sample, and where that is about equal by age.
+    """Of `algorithms` (None: all) every one whose ranks agree, best first: by time per sample, and where that is about equal by age.
 
     Of local SGD every number of steps tried, to show what it does; of others the best. See SAME_TIME and
     MOST_WRITING_RANKS for those that are left out.
@@ -125,7 +127,7 @@ def advise(
     """
     lab = _Lab.of(ranks, compute, network, vector, batch_size, all_reduce)
     found: list[Advice] = []
-    for name in registry.names():
+    for name in registry.names() if algorithms is None else algorithms:
         algorithm = registry.find(name)
         if not algorithm.agrees:
             continue  # no communication at all: the limit itself
@@ -160,8 +162,11 @@ def ranked(advices: Sequence[Advice]) -> list[Advice]:
     return order
 
 
-def advice_table(advices: Sequence[Advice]) -> Group:
-    """The table, why each is where it is, what to try first, and what the figures do not say; fits 80 columns."""
+def advice_table(advices: Sequence[Advice], ranks: int = 1) -> Group:
+    """The table, why each is where it is, what to try first, and what the figures do not say; fits 80 columns.
+
+    On so many `ranks` that algorithms were left out it says which.
+    """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("algorithm", no_wrap=True)
@@ -185,11 +190,11 @@ def advice_table(advices: Sequence[Advice]) -> Group:
     reasons.add_column()
     for place, advice in enumerate(advices, start=1):
         reasons.add_row(str(place), Text(f"{advice.algorithm}: {advice.reason}"))
-    closing = [Text(line) for line in _closing(advices)]
+    closing = [Text(line) for line in _closing(advices, ranks)]
     return Group(table, Text(), reasons, Text(), *closing)
 
 
-def _closing(advices: Sequence[Advice]) -> list[str]:
+def _closing(advices: Sequence[Advice], ranks: int) -> list[str]:
     if not advices:
         return []
     first = advices[0]
@@ -205,13 +210,12 @@ def _closing(advices: Sequence[Advice]) -> list[str]:
             f"With {first.algorithm} what a rank knows of the others is {_plain(first.age_steps)} steps old: expect "
             "to pay in accuracy per sample. A quicker link, a smaller model or a larger batch makes it fresher."
         )
-    shown = {advice.algorithm for advice in advices}
-    if left_out := [name for name in registry.names() if registry.find(name).writes_messages and name not in shown]:
+    if ranks > MOST_WRITING_RANKS:
+        left_out = ", ".join(name for name in registry.names() if registry.find(name).writes_messages)
         lines.append(
-            f"Left out, since on more than {MOST_WRITING_RANKS} ranks their messages take long to simulate: "
-            f"{', '.join(left_out)}."
+            f"Left out, since on more than {MOST_WRITING_RANKS} ranks messages take long to simulate: {left_out}."
         )
-    lines.append(" ".join(f"{name} takes {whose} time." for name, whose in SAME_TIME.items()))
+    lines.append(" ".join(f"{name} takes the time of {whose}." for name, whose in SAME_TIME.items()))
     lines.append(
         "Predicted is time per sample, not time to an accuracy: late or rare averages teach less per sample. "
         "limit: share of the samples/s without any communication. late: local steps from snapshot to merge. age: how "
@@ -411,8 +415,8 @@ class _Lab:
         tried: list[Advice] = []
         for steps_per_round in affordable or STEPS_PER_ROUND[-1:]:
             passing = max(1.0, round_steps / steps_per_round)
-            least, most = _WRITING_STEPS
-            steps = max(least, min(most, int(_EVENTS / (self.ranks**2 * passing))))
+            most = _STEADY_WRITING_STEPS if self.is_steady else _WRITING_STEPS
+            steps = max(_LEAST_WRITING_STEPS, min(most, int(_EVENTS / 4 / (self.ranks**2 * passing))))
             trial = self._simulated(algorithm, steps_per_round, 1, steps_per_round, steps)
             waits = trial.waited_share > 0.001
             if not waits:
