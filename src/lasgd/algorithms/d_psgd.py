@@ -60,10 +60,13 @@ def mixing_steps(replica: Replica, pace: Pace, settings: Settings) -> Generator[
             if isinstance(message, Stop):
                 return
             mixed.add(message, weights[peer])
+        if not sent.weight:  # x_i is NaN or Inf, and so is g_i: the neighbours' mean comes after it
+            yield Update()
         replica.correct(whole, sent, mixed.mean())
         replica.merge()
         replica.tally.exchanges += 1
-        yield Update()
+        if sent.weight:
+            yield Update()
         if pace.end is not None:
             return
         sent = yield from _sent(replica, neighbours)
