@@ -22,6 +22,7 @@ from lasgd.lab.advise import (
     rounds_to_hear_of_all,
 )
 from lasgd.lab.simulation import Plan, simulated
+from lasgd.pace import Column
 from lasgd.virtual.compute_models import Constant, LogNormal, Stalls, Stragglers
 from lasgd.virtual.network_models import Network, Nodes
 from lasgd.virtual.timing_replica import Vector
@@ -30,6 +31,7 @@ MODEL = Vector(11_250_000)  # 45 MB
 STEP = Constant(0.2)
 FAST_LAN = 1.25e10  # 100 Gbit/s
 SLOW_LINK = 1.25e7  # 100 Mbit/s
+HEADER_BYTES = 8 * 8 * len(Column)  # of eight ranks
 THREE = ("lasgd", "local_sgd", "sync_sgd")
 
 
@@ -73,7 +75,7 @@ def test_on_a_slow_link_what_never_waits_comes_first_and_the_others_pay_what_the
     found = advices()
     assert found[0].algorithm == "lasgd"
     assert found[0].share_of_limit == 1 and found[0].waited_share == 0
-    whole_s = 2 * 7 / 8 * (MODEL.nbytes + 8 * 80) / SLOW_LINK  # 6.3 s; the header has 10 numbers of 8 bytes a rank
+    whole_s = 2 * 7 / 8 * (MODEL.nbytes + HEADER_BYTES) / SLOW_LINK  # 6.3 s
     for steps in (1, 4, 16, 64):
         local = of(found, "local_sgd", f"steps_per_round {steps}")
         assert local.share_of_limit == pytest.approx(steps * 0.2 / (steps * 0.2 + whole_s), rel=1e-6)
@@ -88,7 +90,7 @@ def test_the_smallest_number_of_steps_that_hides_the_network_is_found():
     found = advices(bytes_per_s=1.25e8)
     [enough] = [advice for advice in found if "fewer steps than" in advice.reason]
     steps = int(enough.setting.split()[-1])
-    network_s = 2 * 7 / 8 * (MODEL.nbytes + 8 * 80) / 1.25e8
+    network_s = 2 * 7 / 8 * (MODEL.nbytes + HEADER_BYTES) / 1.25e8
     assert network_s / (steps * 0.2 + network_s) <= ABOUT_EQUAL < network_s / ((steps - 1) * 0.2 + network_s)
 
 
@@ -120,7 +122,7 @@ def test_stalls_hold_up_those_who_wait_the_less_the_more_steps_are_in_a_round():
 def test_late_means_are_as_late_as_a_round_takes():
     lasgd = of(advices(), "lasgd")
     assert lasgd.fragments == 20
-    part_steps = 2 * 7 / 8 * (MODEL.nbytes / 20 + 8 * 80) / SLOW_LINK / 0.2
+    part_steps = 2 * 7 / 8 * (MODEL.nbytes / 20 + HEADER_BYTES) / SLOW_LINK / 0.2
     assert part_steps < lasgd.staleness_steps < part_steps + 1  # shown at the next step boundary
     assert lasgd.steps_between_averages == pytest.approx(20 * part_steps, rel=0.05)
     assert lasgd.bytes_per_s == pytest.approx(SLOW_LINK, rel=0.02)  # back to back, the link is always busy
@@ -157,7 +159,10 @@ def test_every_algorithm_that_agrees_is_advised_on_and_progress_says_so():
     tried = {name for name in registry.names() if registry.find(name).agrees} - set(SAME_TIME)
     assert {advice.algorithm for advice in found} == tried
     assert [line for line in lines if "," not in line] == [f"simulating {n}" for n in registry.names() if n in tried]
-    assert "diloco takes the time of local_sgd. post_local_sgd takes the time of sync_sgd, then of local_sgd." in " ".join(printed(found).split())
+    assert (
+        "diloco takes the time of local_sgd. post_local_sgd takes the time of sync_sgd, then of local_sgd."
+        in " ".join(printed(found).split())
+    )
 
 
 @pytest.mark.parametrize(("name", "other"), [("diloco", "local_sgd"), ("post_local_sgd", "sync_sgd")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from itertools import islice, pairwise, repeat
+from itertools import pairwise, repeat
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from lasgd.pace import End, Pace
 from lasgd.replica import Replica
 from lasgd.tally import Tally
 from lasgd.virtual.cluster import Cluster, Rank
+from lasgd.virtual.network_models import Network
 from lasgd.virtual.timing_replica import TimingReplica, Vector
 from scripted_driver import Point
 
@@ -61,6 +62,8 @@ class Run:
             seconds,
             vector_bytes,
             lambda *e: self.trace.append(e),
+            exchange=text.exchange,
+            messages_over=Network(n, 4 / 3 * vector_bytes / seconds(0, 1.0)) if text.writes_messages else None,
         )
         self.cluster.run()
 
@@ -70,11 +73,11 @@ class Run:
 
 def timed(n: int, elements: int = 10, fragments: int = 1) -> list[TimingReplica]:
     vector = Vector(elements)
-    return [TimingReplica(vector, Tally(1), fragments) for _ in range(n)]
+    return [TimingReplica(vector, Tally(1, rank), fragments) for rank in range(n)]
 
 
 def points(values, fragments: int = 1, dtype=torch.float64) -> list[Replica]:
-    return [Replica(Point(value, dtype), Tally(1), fragments) for value in values]
+    return [Replica(Point(value, dtype), Tally(1, rank), fragments) for rank, value in enumerate(values)]
 
 
 # Time
@@ -142,7 +145,7 @@ def test_auto_finds_the_fragments_that_the_network_asks_for():
     st.lists(st.sampled_from([0.5, 1.0, 1.7, 6.0]), min_size=1, max_size=4),
     st.sampled_from([0.01, 0.4, 3.3]),
     st.sampled_from([1, 3, "auto"]),
-    st.sampled_from(["lasgd", "local_sgd", "sync_sgd"]),
+    st.sampled_from(registry.names()),
 )
 def test_with_and_without_gradients_the_same_things_happen_at_the_same_times(steps, round_s, fragments, algorithm):
     parts = fragments if fragments == 3 and algorithm == "lasgd" else 1
@@ -152,7 +155,13 @@ def test_with_and_without_gradients_the_same_things_happen_at_the_same_times(ste
     models = [Point(torch.zeros(size), torch.float32) for _ in range(n)]
     works = [Descent(model, torch.full((size,), float(i)), 0.1) for i, model in enumerate(models)]
     real = Run(
-        algorithm, [Replica(m, Tally(1), parts) for m in models], steps, round_s, works, samples=30, fragments=asked
+        algorithm,
+        [Replica(m, Tally(1, rank), parts) for rank, m in enumerate(models)],
+        steps,
+        round_s,
+        works,
+        samples=30,
+        fragments=asked,
     )
     assert bare.trace == real.trace
     for one, other in zip(bare.ranks, real.ranks, strict=True):
@@ -174,11 +183,20 @@ def test_ranks_that_wait_for_each_other_for_ever_are_reported_not_waited_for():
         cluster.run()
 
 
-@pytest.mark.parametrize("algorithm", ["lasgd", "local_sgd", "sync_sgd", "independent"])
+@pytest.mark.parametrize("algorithm", registry.names())
 def test_a_cluster_that_has_run_is_gone_when_nobody_needs_it_any_more(algorithm):
     text, ranks = registry.find(algorithm), [Rank(replica, repeat(1.0)) for replica in timed(3)]
     paces = [Pace(3, 30) for _ in range(1 if text.agrees else 3)]
-    cluster = Cluster(text.compute, text.communicate, ranks, paces, lambda n_bytes, share: 0.5, 40)
+    cluster = Cluster(
+        text.compute,
+        text.communicate,
+        ranks,
+        paces,
+        lambda n_bytes, share: 0.5,
+        40,
+        exchange=text.exchange,
+        messages_over=Network(3, 100.0) if text.writes_messages else None,
+    )
     cluster.run()
     still_there = weakref.ref(cluster)
     was_enabled = gc.isenabled()
@@ -201,12 +219,14 @@ def _five_steps(replica, pace):
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_what_the_registry_says_of_gradients_is_what_the_text_asks_for(name):
-    algorithm = registry.find(name)
-    texts = [text for text in (algorithm.compute, algorithm.communicate) if text is not None]
-    asked = [request for text in texts for request in islice(text(timed(1)[0], Pace(1, 1)), 20)]
-    rounds = [request for request in asked if isinstance(request, AllReduceMean)]
-    assert algorithm.averages_gradients == any(request.sent.is_gradient for request in rounds)
+def test_what_the_registry_says_of_gradients_is_what_the_text_asks_for(name, monkeypatch):
+    asked: list[AllReduceMean] = []
+    join = Cluster._join
+    monkeypatch.setattr(Cluster, "_join", lambda self, *given: asked.append(given[1]) or join(self, *given))
+    run = Run(name, timed(2), 1.0, 0.1, samples=20)
+    rounds = [request.sent for request in asked if not request.exact]
+    assert bool(rounds) == (run.paces[0].round > 0)
+    assert registry.find(name).averages_gradients == (bool(rounds) and all(sent.is_gradient for sent in rounds))
 
 
 # Values

@@ -118,7 +118,7 @@ def advise(
     algorithms: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Advice]:
-    """Of `algorithms` (None: all) every one whose ranks agree, best first: by time per sample, and where that is about equal by age.
+    """Of `algorithms` (None: all) those whose ranks agree, best first: by time per sample, where about equal by age.
 
     Of local SGD every number of steps tried, to show what it does; of others the best. See SAME_TIME and
     MOST_WRITING_RANKS for those that are left out.

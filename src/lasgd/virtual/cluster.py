@@ -163,6 +163,8 @@ class Cluster:
 
     def _forget_processes(self) -> None:
         """They know this cluster, and a cycle would keep all ranks until somebody looks for it."""
+        if self._mail is not None:
+            self._mail.close()
         self._processes, self._exchanging, self._mail = [], [], None
         for rank in self.ranks:
             rank.bytes_sent += self._bytes_sent

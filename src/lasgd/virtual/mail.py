@@ -79,6 +79,10 @@ class Mail:
                         self._driver.end_to_wait(process, is_stopped=True)
                     self._driver.advance(process, Stop())
 
+    def close(self) -> None:
+        """The run is over."""
+        self._post.close()
+
     def waiting(self) -> list[tuple[int, int | None]]:
         """(rank, for whom) of each activity that waits for a message."""
         return [(p.index, p.receiving.peer) for box in self._boxes for p in box if p.receiving is not None]

@@ -57,6 +57,10 @@ class Post:
         else:
             behind.append(letter)
 
+    def close(self) -> None:
+        """Delivers nothing any more, and forgets who would have taken it."""
+        self._deliver = _drop
+
     def _start(self, letter: Letter) -> None:
         weight = self._draw.lognormvariate(0.0, self._spread) if self._spread else 1.0
         flow = self._flows.start(self._clock.now_s, letter.message.source, letter.target, letter.n_bytes, weight)
@@ -90,6 +94,10 @@ class _Look:
 
     def __init__(self, act: Callable[[_Look], None], at_s: float):
         self.act, self.at_s = act, at_s
+
+
+def _drop(letter: Letter) -> None:
+    pass
 
 
 def links_for_messages(network: Network, vector_bytes: int) -> Network:
