@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lasgd.algorithms import registry
 from lasgd.cli.app import main
 from lasgd.errors import ConfigurationError, DivergenceError
 from lasgd.lab.simulation import simulated
@@ -298,3 +299,20 @@ def test_only_what_does_not_depend_on_when_is_computed_ahead():
     assert virtual_run.may_compute_ahead(make_model(settings(), data), data)
     assert not virtual_run.may_compute_ahead(make_model(settings(norm="batch"), data), data)
     assert not virtual_run.may_compute_ahead(WithDropout(), data)
+
+
+@pytest.mark.parametrize("algorithm", registry.names())
+def test_every_algorithm_leaves_a_folder_that_says_how_far_apart_the_replicas_were(tmp_path, algorithm):
+    record = run(tmp_path / "run", algorithm=algorithm, condition="link=200mbit+step=100ms", evaluations=4, lr=0.01)
+    agrees = registry.find(algorithm).agrees
+    assert record.replicas_identical is agrees
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) >= (3 if agrees else 1)
+    assert all(line["consensus"] >= 0 for line in lines)
+    assert (lines[-1]["consensus"] < 1e-6) == agrees
+    if algorithm in ("lasgd", "d_psgd", "sgp", "osgp", "ad_psgd", "easgd", "parameter_server"):
+        assert lines[0]["consensus"] > 1e-3
+    for rank in record.ranks:
+        counted = rank.staleness_steps.histogram
+        assert max(counted, default=0) == rank.staleness_steps.max
+        assert rank.rounds > 0 or not agrees
