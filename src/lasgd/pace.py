@@ -236,7 +236,7 @@ class Pace:
             return left * self.budget_s
         steps, duration_s = table[:, Column.LOCAL_STEPS], table[:, Column.STEP_S]
         working = (steps > 0) & (duration_s > 0) & (table[:, Column.LEFT] == 0)
-        samples_per_s = (table[working, Column.SAMPLES] / steps[working] / duration_s[working]).sum()
+        samples_per_s = float((table[working, Column.SAMPLES] / steps[working] / duration_s[working]).sum())
         return left * self.budget / samples_per_s if samples_per_s else math.inf
 
     def _agree_on_marks(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lasgd.algorithms import registry
 from lasgd.runtime.means import KeptMean, MeanKeeper
+from lasgd.training.evaluation import SavedMeans
 from lasgd.virtual.spread import consensus_distance, mean_replica
 from quadratics import Run
 
@@ -93,3 +95,10 @@ def test_the_distance_is_the_root_of_the_mean_square_and_leaves_out_what_is_not_
     assert consensus_distance([replicas[1]] * 3) == 0.0
     assert math.isnan(consensus_distance([Held(math.nan)]))
     assert math.isnan(mean_replica([Held(math.nan)]).item())
+
+
+def test_a_saved_mean_is_read_back_with_numbers_of_numpy_too(tmp_path):
+    saved = SavedMeans(tmp_path)
+    saved.save(torch.ones(3), 40, 1.5, np.float64(2.5), np.float64(0.25))
+    saved.save(torch.ones(3), 80, 3.0)
+    assert [(mean.samples, mean.virtual_s, mean.consensus) for mean in saved] == [(40, 2.5, 0.25), (80, None, None)]

@@ -52,9 +52,9 @@ class SavedMeans:
         with replacing(self.folder / f"{samples:012d}.safetensors") as temporary:
             metadata = {"samples": str(samples), "wall_s": repr(wall_s)}
             if virtual_s is not None:
-                metadata["virtual_s"] = repr(virtual_s)
+                metadata["virtual_s"] = repr(float(virtual_s))
             if consensus is not None:
-                metadata["consensus"] = repr(consensus)
+                metadata["consensus"] = repr(float(consensus))
             temporary.write_bytes(safetensors.torch.save({"mean": vector}, metadata=metadata))
 
     def __len__(self) -> int:
