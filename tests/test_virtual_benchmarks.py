@@ -126,10 +126,11 @@ def test_the_method_is_the_one_that_suits_the_message():
 
 def test_a_network_that_takes_so_many_steps_takes_them():
     from clusters import STEP_S, VECTOR, round_s, taking
+    from lasgd.pace import Column
 
     network = taking(16, 2.5)
     assert round_s(network) == pytest.approx(2.5 * STEP_S)
-    assert network.all_reduce_s(VECTOR.nbytes + 80 * 16, range(16)) == pytest.approx(2.5 * STEP_S)
+    assert network.all_reduce_s(VECTOR.nbytes + 8 * len(Column) * 16, range(16)) == pytest.approx(2.5 * STEP_S)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -16,13 +16,14 @@ import torch
 from lasgd.errors import ConfigurationError, DataError
 from lasgd.group.cost import ring_all_reduce_s, ring_bytes_sent
 from lasgd.lab.measured import Measured, read_measured
+from lasgd.pace import Column
 from lasgd.training.run_folder import RankRecord, RunRecord, StalenessSteps, write_run
 from lasgd.training.timeline import Timeline, write_chrome_trace
 from lasgd.virtual.network_models import Network
 
 ELEMENTS = 100_000
 RANKS = 4
-HEADER_BYTES = RANKS * 80
+HEADER_BYTES = RANKS * 8 * len(Column)
 LINK = {"latency_s": 0.002, "bandwidth_bytes_per_s": 2.5e6}
 
 
