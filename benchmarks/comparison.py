@@ -7,7 +7,7 @@
     python benchmarks/comparison.py digits --conditions slow --entries lasgd,sync_sgd --seeds 0 --runs kept
 
 Each is a `lasgd compare` (same engine, same report, in the folder `--runs`), and may be made in parts: what is stored
-in benchmarks/results/comparison-STUDY.json from earlier calls stays there, and runs of the same entry, condition and
+in benchmarks/results/comparison_STUDY.json from earlier calls stays there, and runs of the same entry, condition and
 seed take the place of earlier ones. Learning rates are chosen from a grid in virtual time. Peers that are not installed
 are left out, and the output says so.
 """
@@ -46,7 +46,8 @@ GRID = (0.0125, 0.025, 0.05, 0.1, 0.2)
 BLOCKING = ("sync_sgd", "local_sgd", "post_local_sgd", "diloco", "overlap_local_sgd", "cocod_sgd", "d_psgd", "sgp")
 GOSSIP = ("d_psgd", "sgp", "osgp", "ad_psgd")
 EVERY = (
-    "lasgd,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,diloco:steps-per-round=10,"
+    "lasgd,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,"
+    "diloco:steps-per-round=10:outer-momentum=0.5,"  # 0.9 is for hundreds of local steps, and diverges with ten
     "overlap_local_sgd:steps-per-round=10,cocod_sgd:steps-per-round=10,d_psgd,sgp,osgp,ad_psgd,parameter_server,"
     "easgd:steps-per-round=10"
 )
@@ -163,12 +164,16 @@ class Cell:
 
     def seconds_to(self, target: float) -> float | None:
         """Mean over the seeds; None unless every one reached it."""
-        lines = ("wall_s", "samples", "top1")
-        times = [
-            crossing([dict(zip(lines, point, strict=False)) for point in run["curve"]], target, "wall_s")
-            for run in self.finished
-        ]
-        known = [seconds for seconds in times if seconds is not None]
+        return self._mean_at(target, "wall_s")
+
+    def samples_to(self, target: float) -> float | None:
+        """The same, in samples of all ranks."""
+        return self._mean_at(target, "samples")
+
+    def _mean_at(self, target: float, over: str) -> float | None:
+        names = ("wall_s", "samples", "top1")
+        curves = [[dict(zip(names, point, strict=False)) for point in run["curve"]] for run in self.finished]
+        known = [value for curve in curves if (value := crossing(curve, target, over)) is not None]
         return statistics.fmean(known) if known and len(known) == len(self.runs) else None
 
 
@@ -306,7 +311,7 @@ def _measured(arguments: argparse.Namespace, study: Study, folder: Path) -> int:
     )
     seeds = _numbers(arguments.seeds, int) or study.seeds
     grid = _numbers(arguments.grid, float) or study.grid
-    name = f"comparison-{arguments.study}"
+    name = f"comparison_{arguments.study.replace('-', '_')}"
     report = Report(name, run_card(shared.model_dump(mode="json", exclude={"data"}), seeds))
     plan = Plan(
         shared=shared,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import FOLDER, RESULTS, format_value
+from comparison import REFERENCE, Cell, cells, target_of
 
 PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -38,6 +41,8 @@ def _block(name: str, results: Mapping[str, Result]) -> str:
     result = results.get(name)
     if name == "gpu_check" and (result is None or result["card"]["settings"].get("device") != "cuda"):
         return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
+    if name.startswith("comparison_") and result is not None:
+        return "\n".join(["", *_comparison(result)])
     if result is None:
         return f"Not measured yet: there is no `benchmarks/results/{name}.json`.\n"
     return "\n".join([*_verdict(result), "", *_table(result["bars"]), "", *_notes(result), _card(result["card"]), ""])
@@ -60,6 +65,61 @@ def _table(bars: Sequence[Mapping[str, Any]]) -> list[str]:
         verdict = {True: "holds", False: "**missed**", None: "not measured"}[bar["holds"]]
         lines.append(f"| {bar['what']} | {measured} | {bar['bar']} | {verdict} |")
     return lines
+
+
+def _comparison(result: Result) -> list[str]:
+    """A table for each condition, the bars where there are any, and the cards of all parts."""
+    runs, lines = result["figures"]["runs"], []
+    for condition in dict.fromkeys(run["condition"] for run in runs):
+        found = cells(runs, condition)
+        target = target_of(found)
+        said = "no target" if target is None else f"target {target:.1%}"
+        lines += [f"**`{condition}`**, {said}", ""]
+        lines += ["| | lr | seconds to target | sooner than DDP | samples to target | final top-1 | waits |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        rows = {label: _comparison_row(cell, found, target) for label, cell in found.items()}
+        lines += [rows[label] for label in sorted(rows, key=lambda label: _when(found[label], target))]
+        lines.append("")
+    if result["bars"]:
+        lines += [*_verdict(result), "", *_table(result["bars"]), ""]
+    made = sorted({f"{run['date']} at commit {run['commit']}" for run in runs})
+    return [*lines, *_notes(result), _card(result["card"]), "", f"Runs of {'; '.join(made)}.", ""]
+
+
+def _when(cell: Cell, target: float | None) -> float:
+    return (cell.seconds_to(target) if target is not None else None) or math.inf
+
+
+def _comparison_row(cell: Cell, found: Mapping[str, Cell], target: float | None) -> str:
+    label = cell.runs[0]["algorithm"]
+    seconds = [None if target is None else Cell([run]).seconds_to(target) for run in cell.runs]
+    samples = [None if target is None else Cell([run]).samples_to(target) for run in cell.runs]
+    reached = [value for value in seconds if value is not None]
+    reference = found[REFERENCE].seconds_to(target) if target is not None and REFERENCE in found else None
+    mean_s = cell.seconds_to(target) if target is not None else None
+    if len(reached) == len(cell.runs):
+        when = _range(reached)
+    else:
+        when = f"{len(reached)} of {len(cell.runs)} seeds" if reached else "never"
+    top1 = [run["final_top1"] for run in cell.finished if run["final_top1"] is not None]
+    waits = [run["waited_s"] / run["wall_s"] for run in cell.finished if run["wall_s"]]
+    columns = [
+        f"`{label}`",
+        ", ".join(sorted({f"{run['lr']:g}" for run in cell.runs})),
+        when,
+        f"{reference / mean_s:.2f} x" if reference and mean_s else "",
+        f"{statistics.fmean(s for s in samples if s is not None):,.0f}" if reached else "",
+        _range([100 * value for value in top1]) + " %" if top1 else cell.runs[0]["status"],
+        f"{statistics.fmean(waits):.0%}" if waits else "",
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def _crossover(found: Sequence[Mapping[str, Any]]) -> str:

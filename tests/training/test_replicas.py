@@ -16,6 +16,13 @@ def test_the_mean_and_the_distance_of_the_replicas_are_those_of_the_definition()
     assert consensus == pytest.approx(math.sqrt(5.0))  # each is (1, 2) away
 
 
+def test_a_rank_with_nan_does_not_count_and_nothing_given_is_changed():
+    replicas = [torch.tensor([1.0, 3.0], dtype=torch.float64), torch.full((2,), float("nan"), dtype=torch.float64)]
+    mean, consensus = compare([replicas[0], replicas[0].clone(), replicas[1]])
+    assert torch.equal(mean, torch.tensor([1.0, 3.0], dtype=torch.float64)) and consensus == 0.0
+    assert torch.equal(replicas[0], torch.tensor([1.0, 3.0], dtype=torch.float64))
+
+
 def test_equal_replicas_are_no_distance_apart():
     assert compare([torch.ones(3)] * 4)[1] == 0.0
 

@@ -9,7 +9,6 @@ them share; without it there are no such figures.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from lasgd.training.run_folder import replacing
+from lasgd.virtual.spread import consensus_distance, mean_replica
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,17 @@ class SavedReplicas:
             self.folder.rmdir()
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A replica of which there are only the values."""
+
+    values: Tensor
+
+    def parameters(self) -> Tensor:
+        return self.values
+
+
 def compare(replicas: list[Tensor]) -> tuple[Tensor, float]:
-    """The mean of equally long vectors, and their consensus distance; NaN where one holds NaN."""
-    mean = torch.zeros_like(replicas[0])
-    for replica in replicas:
-        mean.add_(replica, alpha=1 / len(replicas))
-    squares = [float(torch.sum((replica - mean) ** 2, dtype=torch.float64)) for replica in replicas]
-    return mean, math.sqrt(sum(squares) / len(squares))
+    """The mean of equally long vectors, and their consensus distance; of those that are finite."""
+    stored = [_Stored(values) for values in replicas]
+    return mean_replica(stored), consensus_distance(stored)

@@ -17,7 +17,7 @@ from pathlib import Path
 from lasgd.errors import ProtocolError
 from lasgd.training.run_folder import replacing
 
-COMMUNICATE_KINDS = frozenset({"snapshot", "round", "correction"})
+COMMUNICATE_KINDS = frozenset({"snapshot", "round", "correction", "exchange"})
 """Kinds of interval that the communicator adds; all others belong to the training thread."""
 
 _THREADS = ("compute", "communicate")

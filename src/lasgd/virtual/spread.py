@@ -35,7 +35,7 @@ def _mean(vectors: Callable[[], Iterable[Tensor]]) -> Tensor:
     total: Tensor | None = None
     dtype, count = torch.float32, 0
     for vector in vectors():
-        total = vector.double() if total is None else total.add_(vector)
+        total = vector.to(torch.float64, copy=True) if total is None else total.add_(vector)
         dtype, count = vector.dtype, count + 1
     assert total is not None
     return total.div_(count).to(dtype)
