@@ -75,7 +75,8 @@ def test_a_small_run_leaves_a_complete_folder_and_a_model_that_does_what_it_says
 
     assert json.loads((out / "settings.json").read_text())["samples"] == 6000
     metrics = read_metrics(out / "metrics.jsonl")
-    assert [sorted(line) for line in metrics] == [["loss", "samples", "top1", "wall_s"]] * len(metrics)
+    names = ["loss", "samples", "top1", "wall_s"]
+    assert [sorted(line) for line in metrics] == [["consensus", *names]] * (len(metrics) - 1) + [names]
     assert [line["samples"] for line in metrics] == sorted(line["samples"] for line in metrics)
     assert metrics[-1]["samples"] == record.samples
     events = json.loads(gzip.decompress((out / "timeline.json.gz").read_bytes()))["traceEvents"]
