@@ -61,3 +61,39 @@ def train_step(model: nn.Module, optimizer, seed: int) -> None:
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def run_attached(
+    n: int, algorithm: str, loop: Callable[..., None], network: Network | None = None, **options
+) -> list[Any]:
+    """loop(rank, model, averaging, optimizer) on every rank, each in a thread, from attach to the end.
+
+    (model, averaging) of each, or what it raised.
+    """
+    network = network or Network(n, deliver_at_once=True)
+    models = [small_model(seed=r) for r in range(n)]  # not in the threads, which share torch's generator
+    options = {"samples": 24, "batch_size": 1, "timeout_s": LIMIT_S, "algorithm": algorithm, **options}
+
+    def rank(r: int) -> tuple[nn.Module, lasgd.Averaging]:
+        model = models[r]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        averaging = lasgd.attach(model, optimizer, group=network.group(r), **options)
+        try:
+            with averaging:
+                loop(r, model, averaging, optimizer)
+        finally:
+            averaging.close()
+        return model, averaging
+
+    return wait_all([lambda r=r: rank(r) for r in range(n)])
+
+
+def until_finished(r: int, model: nn.Module, averaging: lasgd.Averaging, optimizer) -> None:
+    """A loop that trains on batches of its own."""
+    while not averaging.finished:
+        train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
+
+
+def values(model: nn.Module) -> torch.Tensor:
+    """All parameters, one after the other."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])

@@ -1,4 +1,5 @@
-"""What one rank counts about itself: written by its training thread, read by its communicator for the header."""
+"""What one rank counts about itself: written by its training thread (exchanges in the background: by the exchanger),
+read by its communicator for the header."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Tally:
     """Seconds in which the training thread stood still for the network, a lock or another rank."""
     staleness: Staleness = field(default_factory=Staleness)
     exchanges: int = 0
-    """Times that the replica has taken in messages of other ranks."""
+    """Times that the replica has taken in messages of other ranks; written by whoever runs that activity, alone."""
     has_left: bool = False
     """The rank takes no more local steps; its replica goes on answering as it is."""
     wants_stop: bool = False

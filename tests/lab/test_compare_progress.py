@@ -42,7 +42,8 @@ def paper(terminal: bool = False, width: int = 100) -> Console:
 
 
 def written(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def shown(progress: Progress) -> str:

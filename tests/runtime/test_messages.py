@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lasgd
-from helpers import LIMIT_S, raise_any, small_model, train_step, wait_all
-from lasgd.algorithms import registry
+from helpers import LIMIT_S, raise_any, run_attached, small_model, train_step, until_finished, values, wait_all
+from lasgd.algorithms import osgp, registry
 from lasgd.algorithms.requests import Box, Receive, Stop
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
 from lasgd.group.scripted import Network
@@ -21,35 +22,6 @@ WRITING = [name for name in registry.names() if registry.find(name).writes_messa
 NEVER_WAITING = ["ad_psgd", "osgp"]
 
 
-def run_ranks(n, algorithm, loop, network=None, **options):
-    """Every rank in its own thread, from attach to the end; (model, averaging) of each, or what it raised."""
-    network = network or Network(n, deliver_at_once=True)
-    models = [small_model(seed=r) for r in range(n)]  # not in the threads, which share torch's generator
-    options = {"samples": 15 * n, "batch_size": 1, "timeout_s": LIMIT_S, "algorithm": algorithm, **options}
-
-    def rank(r):
-        model = models[r]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        averaging = lasgd.attach(model, optimizer, group=network.group(r), **options)
-        try:
-            with averaging:
-                loop(r, model, averaging, optimizer)
-        finally:
-            averaging.close()
-        return model, averaging
-
-    return wait_all([lambda r=r: rank(r) for r in range(n)])
-
-
-def until_finished(r, model, averaging, optimizer):
-    while not averaging.finished:
-        train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
-
-
-def values(model) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
 def threads_named(*parts: str) -> list[str]:
     return [t.name for t in threading.enumerate() if any(part in t.name for part in parts)]
 
@@ -57,7 +29,7 @@ def threads_named(*parts: str) -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("algorithm", WRITING)
 def test_all_replicas_are_identical_at_the_agreed_end_and_no_thread_is_left(algorithm, world_size):
-    ended = raise_any(run_ranks(world_size, algorithm, until_finished))
+    ended = raise_any(run_attached(world_size, algorithm, until_finished, samples=15 * world_size))
     for model, averaging in ended:
         assert torch.equal(values(model), values(ended[0][0]))
         assert averaging.pace.end is End.SAMPLES
@@ -73,7 +45,7 @@ def test_a_rank_that_leaves_early_ends_with_the_others(algorithm):
         else:
             until_finished(r, model, averaging, optimizer)
 
-    (first, one), (second, other) = raise_any(run_ranks(2, algorithm, loop))
+    (first, one), (second, other) = raise_any(run_attached(2, algorithm, loop))
     assert torch.equal(values(first), values(second))
     assert (one.pace.end, other.tally.local_steps) == (End.SAMPLES, 1)
 
@@ -86,7 +58,7 @@ def test_an_early_end_leaves_every_rank_its_replica_and_no_thread(algorithm):
             if averaging.tally.local_steps == 3:
                 averaging.stop()
 
-    ended = raise_any(run_ranks(2, algorithm, loop, samples=10**6))
+    ended = raise_any(run_attached(2, algorithm, loop, samples=10**6))
     assert [averaging.pace.end for _, averaging in ended] == [End.STOP] * 2
     assert not threads_named("lasgd-exchanger")
 
@@ -101,7 +73,7 @@ def test_a_rank_that_holds_nan_takes_what_the_others_have(algorithm):
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
             time.sleep(0.001)
 
-    ended = raise_any(run_ranks(3, algorithm, loop, samples=120))
+    ended = raise_any(run_attached(3, algorithm, loop, samples=120))
     assert all(values(model).isfinite().all() for model, _ in ended)
     assert all(torch.equal(values(model), values(ended[0][0])) for model, _ in ended)
 
@@ -124,22 +96,19 @@ def test_a_failed_agreement_ends_every_rank_also_those_that_wait_for_a_message(a
         network.fail(PeerError("the link is cut"))
 
     threading.Thread(target=fail_the_next_round, daemon=True).start()
-    for error in run_ranks(2, algorithm, loop, network=network, samples=10**6):
+    for error in run_attached(2, algorithm, loop, network=network, samples=10**6):
         assert isinstance(error, PeerError)
         assert "the link is cut" in str(error)
 
 
 def test_what_the_exchanger_stumbles_over_is_raised_at_the_next_step_boundary(monkeypatch):
     def broken(replica, pace, settings):
-        yield Receive(until_end=True) if False else "nonsense"
+        yield "nonsense"
 
-    from lasgd.algorithms import osgp
-
-    found = registry.find("osgp")
     monkeypatch.setitem(
-        registry._ALGORITHMS, "osgp", type(found)(**{**vars(found), "exchange": broken, "compute": osgp.compute})
+        registry._ALGORITHMS, "osgp", replace(registry.find("osgp"), compute=osgp.compute, exchange=broken)
     )
-    (error,) = run_ranks(1, "osgp", until_finished, samples=10**6)
+    (error,) = run_attached(1, "osgp", until_finished, samples=10**6)
     assert isinstance(error, ProtocolError)
     assert "the exchanger cannot answer str" in str(error)
 
@@ -152,7 +121,7 @@ def test_nobody_waits_where_exchanges_go_on_in_the_background(algorithm):
             waited[r] = averaging.tally.waited_s
 
     waited = {}
-    ended = raise_any(run_ranks(2, algorithm, loop, samples=400))
+    ended = raise_any(run_attached(2, algorithm, loop, samples=400))
     assert waited == {0: 0.0, 1: 0.0}
     assert all(averaging.tally.exchanges for _, averaging in ended)
 
@@ -165,7 +134,7 @@ def test_waiting_for_a_message_is_counted(algorithm):
                 time.sleep(0.02)  # the thing that takes time
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
 
-    (_, quick), (_, slow) = raise_any(run_ranks(2, algorithm, loop, samples=20))
+    (_, quick), (_, slow) = raise_any(run_attached(2, algorithm, loop, samples=20))
     assert quick.tally.exchanges and slow.tally.exchanges
     if algorithm in ("d_psgd", "sgp"):  # in lock-step with a slow neighbour
         assert quick.tally.waited_s > 4 * 0.02
@@ -182,7 +151,7 @@ def test_every_rank_hands_its_own_replica_over_after_each_part_of_the_budget():
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
             time.sleep(0.002)
 
-    raise_any(run_ranks(2, "ad_psgd", loop, samples=100, evaluations=4))
+    raise_any(run_attached(2, "ad_psgd", loop, samples=100, evaluations=4))
     for r in (0, 1):
         assert [number for number, _, _ in seen[r]] == [1, 2, 3]
         assert all(torch.equal(vector, model_values) for _, vector, model_values in seen[r])
@@ -197,7 +166,7 @@ def test_gossip_has_no_mean_before_the_end_and_says_so():
         averaging.wait_end()
         assert torch.equal(averaging.mean_weights()["0.weight"], model[0].weight)
 
-    raise_any(run_ranks(2, "ad_psgd", loop))
+    raise_any(run_attached(2, "ad_psgd", loop))
 
 
 def test_settings_of_another_algorithm_are_refused():

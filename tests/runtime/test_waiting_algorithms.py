@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lasgd
-from helpers import LIMIT_S, batch, raise_any, small_model, train_step, wait_all
+from helpers import LIMIT_S, batch, raise_any, run_attached, small_model, train_step, until_finished, values
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.group.scripted import Network
 from lasgd.pace import End
@@ -22,36 +22,9 @@ def attach(model, group, algorithm, **options):
     return lasgd.attach(model, optimizer, group=group, **options), optimizer
 
 
-def run_ranks(n, algorithm, loop, network=None, **options):
-    """Every rank in its own thread, from attach to the end; (model, averaging) of each, or what it raised."""
-    network = network or Network(n, deliver_at_once=True)
-    models = [small_model(seed=r) for r in range(n)]  # not in the threads, which share torch's generator
-
-    def rank(r):
-        model = models[r]
-        averaging, optimizer = attach(model, network.group(r), algorithm, **options)
-        try:
-            with averaging:
-                loop(r, model, averaging, optimizer)
-        finally:
-            averaging.close()
-        return model, averaging
-
-    return wait_all([lambda r=r: rank(r) for r in range(n)])
-
-
-def until_finished(r, model, averaging, optimizer):
-    while not averaging.finished:
-        train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
-
-
-def values(model) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
 @pytest.mark.parametrize("algorithm", WAITING)
 def test_all_ranks_end_in_the_same_step_with_equal_replicas_and_have_waited(algorithm):
-    ended = raise_any(run_ranks(3, algorithm, until_finished, steps_per_round=4))
+    ended = raise_any(run_attached(3, algorithm, until_finished, steps_per_round=4))
     first = values(ended[0][0])
     for model, averaging in ended:
         assert torch.equal(values(model), first)
@@ -61,7 +34,7 @@ def test_all_ranks_end_in_the_same_step_with_equal_replicas_and_have_waited(algo
 
 
 def test_synchronous_sgd_is_sgd_on_the_mean_gradient():
-    ended = raise_any(run_ranks(2, "sync_sgd", until_finished, samples=10))
+    ended = raise_any(run_attached(2, "sync_sgd", until_finished, samples=10))
     steps = ended[0][1].tally.local_steps
     reference = small_model(seed=0)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
@@ -82,7 +55,7 @@ def test_local_sgd_averages_the_replicas_after_every_h_steps_and_not_between():
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
             seen[r, averaging.tally.local_steps] = values(model).clone()
 
-    raise_any(run_ranks(2, "local_sgd", loop, steps_per_round=3, samples=12))
+    raise_any(run_attached(2, "local_sgd", loop, steps_per_round=3, samples=12))
     assert sorted(step for r, step in seen if r == 0) == [1, 2, 3, 4, 5, 6]
     assert [torch.equal(seen[0, step], seen[1, step]) for step in range(1, 7)] == [False, False, True] * 2
 
@@ -94,7 +67,7 @@ def test_a_rank_that_leaves_local_sgd_early_answers_for_its_replica_until_the_en
         else:
             until_finished(r, model, averaging, optimizer)
 
-    (first, one), (second, other) = raise_any(run_ranks(2, "local_sgd", loop, steps_per_round=2))
+    (first, one), (second, other) = raise_any(run_attached(2, "local_sgd", loop, steps_per_round=2))
     assert torch.equal(values(first), values(second))
     assert (one.pace.end, other.tally.local_steps) == (End.SAMPLES, 1)
 
@@ -106,7 +79,7 @@ def test_a_rank_that_leaves_synchronous_sgd_early_is_told_what_to_do_and_the_oth
         else:
             until_finished(r, model, averaging, optimizer)
 
-    stays, leaves = run_ranks(2, "sync_sgd", loop)
+    stays, leaves = run_attached(2, "sync_sgd", loop)
     assert isinstance(leaves, ConfigurationError)
     with pytest.raises(ConfigurationError, match=r"rank 1 of 2: its loop has ended.*until averaging.finished"):
         raise leaves
@@ -121,7 +94,7 @@ def test_a_local_step_after_the_end_is_refused_because_it_could_not_be_taken_bac
         until_finished(r, model, averaging, optimizer)
         train_step(model, optimizer, seed=1)
 
-    for error in run_ranks(2, algorithm, loop):
+    for error in run_attached(2, algorithm, loop):
         assert isinstance(error, ConfigurationError)
         assert "a local step after the agreed end" in str(error)
 
@@ -145,7 +118,7 @@ def test_a_failed_round_is_raised_where_the_training_thread_waits_for_it(algorit
         network.fail(PeerError("the link is cut"))
 
     threading.Thread(target=fail_the_fourth_round, daemon=True).start()
-    for error in run_ranks(2, algorithm, loop, network=network, samples=10**6):
+    for error in run_attached(2, algorithm, loop, network=network, samples=10**6):
         assert isinstance(error, PeerError)
         assert "the link is cut" in str(error)
 
@@ -158,7 +131,7 @@ def test_one_rank_that_holds_nan_takes_the_others_average_in_local_sgd():
                     next(model.parameters()).fill_(float("nan"))
             train_step(model, optimizer, seed=100 * r + averaging.tally.local_steps)
 
-    ended = raise_any(run_ranks(3, "local_sgd", loop, steps_per_round=2, samples=36))
+    ended = raise_any(run_attached(3, "local_sgd", loop, steps_per_round=2, samples=36))
     assert all(values(model).isfinite().all() for model, _ in ended)
     assert all(torch.equal(values(model), values(ended[0][0])) for model, _ in ended)
     assert [sickness.rank for sickness in ended[0][1].pace.sicknesses] == [1]
@@ -176,7 +149,7 @@ def test_evaluations_see_the_replicas_mean(algorithm):
             if r == 0 and seen and len(seen[-1]) == 2:
                 seen[-1] = (*seen[-1], values(model).clone())
 
-    raise_any(run_ranks(2, algorithm, loop, steps_per_round=2, samples=40, evaluations=4))
+    raise_any(run_attached(2, algorithm, loop, steps_per_round=2, samples=40, evaluations=4))
     assert len(seen) == 3
     for _, vector, model_values in seen:
         assert torch.equal(vector, model_values)

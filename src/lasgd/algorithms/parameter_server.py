@@ -11,8 +11,8 @@ A. Choromanska, Y. LeCun (2015), arXiv 1412.6651, algorithm 3; staleness-aware: 
 
 H is `pace.local_steps_between_rounds`, in the paper's terms n_push = n_fetch. tau_i is the number of the others'
 updates that X took in between i's pull and i's push, its staleness, at least 1; without `staleness_aware` every update
-counts in full. The server is a thread of rank 0, beside rank 0's worker. n workers take n updates where synchronous
-SGD takes one of their mean, so the learning rate that is best there is, divided by n, a good one here.
+counts in full. The server is a thread of rank 0, beside rank 0's worker, which never waits for a link. n workers take n
+updates where synchronous SGD takes one of their mean: 1/n of its learning rate moves X as far per sample.
 
 Differences with the sources: the optimizer is the worker's, so its momentum is the worker's own; one server holds the
 whole vector; the agreed end, and an exact average of the workers' replicas at it.

@@ -138,7 +138,7 @@ class Mail(Protocol):
 
     @property
     def bytes_sent(self) -> int:
-        """Payload bytes that this rank has sent to others."""
+        """Bytes of the letters that this rank has sent to others, without what the network adds."""
         ...
 
     def send(self, peer: int, box: int, values: Tensor | None, weight: float, note: int, due_s: float = 0.0) -> None:
@@ -159,5 +159,5 @@ class GroupWithMail(Group, Protocol):
     """A group whose ranks can write to each other."""
 
     def wait_mail(self, timeout_s: float) -> Mail:
-        """Opens the boxes: once, before the first local step, on all members. Leaving the group leaves the mail."""
+        """Opens the boxes: once, before the first local step, on all members. Who has opened them leaves them."""
         ...

@@ -16,7 +16,7 @@ PAYLOAD_SHARE = 1448 / 1514
 
 
 SHARE_SPREAD = 0.3
-"""How unevenly messages share a link. What comes of it hardly depends on the number, once it is not 0."""
+"""How unevenly messages share a link: chosen, not fitted. It is there so that ranks do not march in step for ever."""
 
 
 def from_condition(

@@ -27,8 +27,10 @@ from lasgd.algorithms.requests import (
     Gradient,
     Join,
     Mean,
+    Message,
     Receive,
     Send,
+    Stop,
     Update,
 )
 from lasgd.errors import ConfigurationError, PeerError, ProtocolError
@@ -239,6 +241,10 @@ class Averaging:
                     self._count_wait("update", begin_s, end_s)
                 self._count_wait("compute", *last)
             self._advance()  # to the Update, or past the end, if it is agreed meanwhile: then x will be replaced
+        if not isinstance(self._request, Update | None):
+            raise ProtocolError(
+                f"rank {self.rank}: the algorithm asked for {self._request!r} between gradient and update"
+            )
 
     def _step_is_done(self, skipped: int) -> None:
         if os.getpid() != self._pid:
@@ -290,15 +296,7 @@ class Averaging:
         if isinstance(request, Send) and self._postbox is not None:
             return self._postbox.send(request)
         if isinstance(request, Receive) and self._postbox is not None:
-            begin_s = time.monotonic()
-            try:
-                return self._postbox.wait_receive(request)
-            except PeerError as error:
-                self._communicator.fail(error)
-                raise
-            finally:
-                self._raise_failure()
-                self._has_stood_still(begin_s)
+            return self._wait_message(request, self._postbox)
         if isinstance(request, ExchangeEnded):
             return self._wait_exchange_ended()
         raise ProtocolError(f"rank {self.rank}: the training thread cannot answer {type(request).__name__}")
@@ -323,6 +321,17 @@ class Averaging:
         if not was_there:
             self._has_stood_still(begin_s)
         return outcome
+
+    def _wait_message(self, request: Receive, postbox: Postbox) -> Message | Stop:
+        begin_s = time.monotonic()
+        try:
+            answer = postbox.wait_receive(request)
+        except PeerError as error:
+            self._communicator.fail(error)
+            raise
+        self._raise_failure()
+        self._has_stood_still(begin_s)
+        return answer
 
     def _wait_exchange_ended(self) -> None:
         """Ends because the end is agreed, at which exchanges end, each within its time-out."""

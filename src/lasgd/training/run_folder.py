@@ -6,6 +6,7 @@ timeline.json.gz   see timeline.py
 settings.json      the settings as the run was started with
 logs/              what ranks print, a file per rank
 checkpoints/, model.safetensors
+means/, replicas/  what is still to be evaluated; gone when the run has finished
 """
 
 from __future__ import annotations
