@@ -12,6 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_topology import mixing_matrix
 
+from lasgd.algorithms import ad_psgd
+from lasgd.algorithms.requests import Message, Receive, Send
+from lasgd.pace import Pace
+from lasgd.replica import Replica
+from lasgd.tally import Tally
 from lasgd.virtual.network_models import Network
 from quadratics import Run
 
@@ -130,3 +135,19 @@ def test_an_even_rank_of_ad_psgd_does_not_wait_for_a_partner_that_computes():
     assert ended.steps[0] > 40
     assert ended.ranks[0].tally.waited_s == 0
     assert ended.ranks[1].tally.exchanges > 5 * ended.steps[1], "a passive rank answers in the midst of its local step"
+
+
+def test_a_passive_rank_serves_who_has_not_seen_the_end_yet_after_another_one_has_left():
+    # Rank 0 sees the end first and leaves; rank 2 asks once more before it does.
+    replica = Replica(torch.nn.Linear(1, 1), Tally(batch_size=1, rank=1))
+    text = ad_psgd.exchange(replica, Pace(4, samples=10), ad_psgd.Settings())
+    assert isinstance(next(text), Receive)
+    assert isinstance(text.send(Message(0, None, 1.0, ad_psgd.Word.BYE)), Receive)
+    answer = text.send(Message(2, None, 1.0, ad_psgd.Word.ASK))
+    assert isinstance(answer, Send) and (answer.peer, answer.note) == (2, ad_psgd.Word.YES)
+    sent = text.send(None)
+    assert isinstance(sent, Send) and sent.values is not None
+    assert text.send(None) == Receive(2)
+    assert isinstance(text.send(Message(2, torch.zeros(2), 1.0, 0)), Receive)
+    with pytest.raises(StopIteration):
+        text.send(Message(2, None, 1.0, ad_psgd.Word.BYE))
