@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_topology import mixing_matrix
 
-from lasgd.algorithms import ad_psgd
+from lasgd.algorithms import ad_psgd, sgp
 from lasgd.algorithms.requests import Message, Receive, Send
 from lasgd.pace import Pace
 from lasgd.replica import Replica
@@ -151,3 +151,19 @@ def test_a_passive_rank_serves_who_has_not_seen_the_end_yet_after_another_one_ha
     assert isinstance(text.send(Message(2, torch.zeros(2), 1.0, 0)), Receive)
     with pytest.raises(StopIteration):
         text.send(Message(2, None, 1.0, ad_psgd.Word.BYE))
+
+
+def test_what_a_rank_of_sgp_gives_away_is_a_share_of_the_weight_that_it_has():
+    replica = Replica(torch.nn.Linear(1, 1), Tally(batch_size=1, rank=0))
+    text = sgp.compute(replica, Pace(2, samples=10), sgp.Settings())
+    given = []
+    request = next(text)
+    while len(given) < 3:
+        answer = None
+        if isinstance(request, Send):
+            given.append(request.weight)
+        elif isinstance(request, Receive):
+            answer = Message(1, torch.zeros(2), 0.8, 0)
+        request = text.send(answer)
+    # It keeps as much as it gives, and is given 0.8: 1 -> 0.5 + 0.8 -> 0.65 + 0.8
+    assert given == pytest.approx([0.5, 0.65, 0.725])

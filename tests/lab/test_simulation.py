@@ -153,3 +153,20 @@ def test_the_number_of_torchs_threads_changes_no_byte_of_the_trace(algorithm):
     finally:
         torch.set_num_threads(before)
     assert traces[0] == traces[1] == traces[2]
+
+
+def test_uneven_shares_keep_the_workers_of_a_server_from_marching_in_step():
+    # In step the server's link down rests while all pull, and up while all push: half of what it could carry.
+    def pushes(share_spread: float) -> int:
+        plan = Plan(
+            registry.find("parameter_server"),
+            ranks=4,
+            compute=Constant(0.1),
+            network=Network(4, 2.5e6, share_spread=share_spread),
+            vector=Vector(391_466),
+            samples=None,
+            seconds=120.0,
+        )
+        return sum(rank.tally.exchanges for rank in simulated(plan).ranks[1:])
+
+    assert pushes(0.3) > 1.2 * pushes(0.0)
