@@ -165,7 +165,7 @@ def test_the_estimate_gives_back_the_rounds_it_was_made_from(folder):
 def test_a_link_that_was_emulated_is_believed_and_a_round_too(folder):
     condition = "link=100mbit,latency=20ms+round=1s"
     measured = read_measured(folder.write(condition=condition, link_emulation="namespaces"))
-    assert measured.network == Network(RANKS, 1.25e7 * 1448 / 1514, latency_s=0.02, round_s=1.0)
+    assert measured.network == Network(RANKS, 1.25e7 * 8948 / 9014, latency_s=0.02, round_s=1.0)
     assert condition in measured.said[2]
     ran_without = read_measured(folder.write(condition="link=100mbit"))
     assert "an estimate, 20 Mbit/s" in ran_without.said[2]

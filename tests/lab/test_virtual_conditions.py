@@ -43,7 +43,7 @@ def test_steps_last_as_long_as_real_padded_ones(text, rank):
 
 def test_a_link_makes_rounds_as_long_as_on_the_emulated_one():
     _, network = from_condition(parse("link=20mbit,latency=20ms"), 4, 0, 0.1)
-    on_the_wire = 1_570_000 * 1514 / 1448  # full frames of 1514 bytes, each with 1448 bytes of payload
+    on_the_wire = 1_570_000 * 9014 / 8948  # full frames of 9014 bytes, each with 8948 bytes of payload
     assert network.all_reduce_s(1_570_000, range(4)) == pytest.approx(ring_all_reduce_s(on_the_wire, 4, 0.02, 2.5e6))
 
 
@@ -51,7 +51,7 @@ def test_a_round_takes_at_least_what_the_condition_says_and_a_part_its_share():
     _, network = from_condition(parse("round=1s+link=20mbit"), 4, 0, 0.1)
     assert network.all_reduce_s(1000, range(4)) == 1.0
     assert network.all_reduce_s(100, range(4), share=0.1) == pytest.approx(0.1)
-    assert network.all_reduce_s(10_000_000, range(4)) == pytest.approx(6.0 * 1514 / 1448)
+    assert network.all_reduce_s(10_000_000, range(4)) == pytest.approx(6.0 * 9014 / 8948)
 
 
 def test_without_a_link_the_own_network_is_kept_and_costs_nothing_if_there_is_none():

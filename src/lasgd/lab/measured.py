@@ -24,7 +24,7 @@ from typing import Any
 from lasgd.errors import ConfigurationError, DataError
 from lasgd.group.cost import ring_all_reduce_s, ring_bytes_sent
 from lasgd.lab import conditions
-from lasgd.lab.virtual_conditions import PAYLOAD_SHARE
+from lasgd.lab.frames import payload_share
 from lasgd.pace import Column, Delay
 from lasgd.training.display import OVERRUN_LIMIT
 from lasgd.training.run_folder import RunRecord, read_run
@@ -198,8 +198,9 @@ def _network(
     condition = conditions.parse(run.condition)
     if condition.bandwidth_bytes_per_s is not None and run.link_emulation != "none":
         # Links in user space carry what the ranks send and nothing else.
-        share = PAYLOAD_SHARE if run.link_emulation == "namespaces" else 1.0
-        network = Network(ranks, share * condition.bandwidth_bytes_per_s, latency_s=condition.latency_s)
+        link = condition.bandwidth_bytes_per_s
+        share = payload_share(link) if run.link_emulation == "namespaces" else 1.0
+        network = Network(ranks, share * link, latency_s=condition.latency_s)
         source = f"the run's condition {run.condition}"
     elif condition.round_s is not None:
         network, source = Network(ranks, math.inf), f"the run's condition {run.condition}"

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from lasgd.errors import ConfigurationError
+from lasgd.lab.frames import frame_bytes, mtu_bytes
 
 MAX_RANKS = 64
 """Ranks for which one network is made at most."""
@@ -171,6 +172,7 @@ class ShapedNetwork:
 
     def _make(self, names: _Names) -> None:
         hub, bits = names.namespace("hub"), self._subnet.prefixlen
+        mtu = str(mtu_bytes(self.bandwidth_bytes_per_s))
         self.host_address = str(self._subnet[1])
         _run("ip", "netns", "add", hub)
         _run("ip", "-n", hub, "link", "set", "lo", "up")
@@ -201,9 +203,9 @@ class ShapedNetwork:
                 "netns",
                 namespace,
             )
-            _run("ip", "-n", hub, "link", "set", port, "master", "bridge0", "up")
+            _run("ip", "-n", hub, "link", "set", port, "mtu", mtu, "master", "bridge0", "up")
             _run("ip", "-n", namespace, "addr", "add", f"{self.rank_address(rank)}/{bits}", "dev", _DEVICE)
-            _run("ip", "-n", namespace, "link", "set", _DEVICE, "up")
+            _run("ip", "-n", namespace, "link", "set", _DEVICE, "mtu", mtu, "up")
             _shape(hub, port, self.bandwidth_bytes_per_s)
             _shape(namespace, _DEVICE, self.bandwidth_bytes_per_s, self.latency_s)  # on one end: it counts once a way
 
@@ -352,8 +354,9 @@ def _bucket_bytes(bandwidth_bytes_per_s: float) -> tuple[int, int]:
     must hold two full frames, or nothing passes, and 1 ms, or the kernel wakes up too rarely to reach the rate.
     The queue takes 200 ms, and 64 KiB at least, for TCP sends that much at once.
     """
-    frames, ten_ms, one_ms = 2 * 1514, 1e-2 * bandwidth_bytes_per_s, 1e-3 * bandwidth_bytes_per_s
-    burst = round(max(frames, min(128 * 1024, ten_ms), one_ms))
+    two_frames = 2 * frame_bytes(bandwidth_bytes_per_s)
+    ten_ms, one_ms = 1e-2 * bandwidth_bytes_per_s, 1e-3 * bandwidth_bytes_per_s
+    burst = round(max(two_frames, min(128 * 1024, ten_ms), one_ms))
     return burst, burst + round(max(64 * 1024, 0.2 * bandwidth_bytes_per_s))
 
 

@@ -7,13 +7,9 @@ import math
 
 from lasgd.errors import ConfigurationError
 from lasgd.lab.conditions import Condition
+from lasgd.lab.frames import payload_share
 from lasgd.virtual.compute_models import ComputeModel, Constant, Stalls, Stragglers
 from lasgd.virtual.network_models import Network
-
-PAYLOAD_SHARE = 1448 / 1514
-"""Of what a condition's link carries. The emulated one counts whole Ethernet frames, as the kernel's filter does: of
-1514 bytes 14 are Ethernet's, 20 IP's, 32 TCP's with its time stamps, and the rest is the ranks'."""
-
 
 SHARE_SPREAD = 0.3
 """How unevenly messages share a link: chosen, not fitted. It is there so that ranks do not march in step for ever."""
@@ -28,7 +24,7 @@ def from_condition(
 ) -> tuple[ComputeModel, Network]:
     """The compute model and the network of `world_size` ranks under `condition`; stalls are those of `seed`.
 
-    `link=` is the speed of the wire, of which the ranks have PAYLOAD_SHARE for what they send.
+    `link=` is the speed of the wire, of which the ranks have `payload_share` for what they send.
     `own_step_s` is what a step takes where the condition says no `step=`, and `own_network` the network where it says
     no `link=` (None: one that costs nothing). A `step=` shorter than what a machine can do is taken at its word.
 
@@ -42,8 +38,8 @@ def from_condition(
             "a measured step time."
         )
     if condition.bandwidth_bytes_per_s is not None:
-        payload_bytes_per_s = condition.bandwidth_bytes_per_s * PAYLOAD_SHARE
-        network = Network(world_size, payload_bytes_per_s, latency_s=condition.latency_s)
+        link = condition.bandwidth_bytes_per_s
+        network = Network(world_size, link * payload_share(link), latency_s=condition.latency_s)
     else:
         network = own_network or Network(world_size, math.inf)
     network = dataclasses.replace(network, share_spread=SHARE_SPREAD, round_s=condition.round_s or network.round_s)
