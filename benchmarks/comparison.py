@@ -87,6 +87,14 @@ STUDIES = {
 # Entries
 
 
+SAME_STEPS = {
+    "torch_ddp": "sync_sgd",
+    "torch_post_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
+    "torchft_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
+}
+"""Peers that take the learning rate of the entry which computes the same. Others try the grid in real runs, once."""
+
+
 def peer_entry(text: str) -> Entry:
     """`NAME[:option=value]...` of a peer, whose run is run.py's."""
     name, *words = text.split(":")
@@ -103,7 +111,9 @@ def peer_entry(text: str) -> Entry:
             *("--out", str(folder)),
         ]
 
-    return Entry(f"peer:{text}", name, command=command, can_be_simulated=False)
+    return Entry(
+        f"peer:{text}", name, command=command, can_be_simulated=False, is_tuned_once=True, tuned_as=SAME_STEPS.get(text)
+    )
 
 
 def entries_of(study: Study, asked: str | None, shared: Settings, notes: list[str]) -> tuple[Entry, ...]:

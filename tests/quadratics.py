@@ -38,12 +38,15 @@ class Descent:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=self.rate(0.0), momentum=momentum)
         self.gradients = self.updates = 0
         self.progress: list[float] = []
+        self.points: list[Tensor] = []
+        """Where the gradients were taken."""
 
     def begin(self) -> None:
         pass
 
     def gradient(self) -> None:
         self.gradients += 1
+        self.points.append(self.model.x.detach().clone())
         self.optimizer.zero_grad()
         self.model(self.target).backward()
 

@@ -96,9 +96,7 @@ def test_a_real_run_that_went_as_foretold_is_seen_as_foretold(algorithm, tmp_pat
     assert {"local steps/s, all ranks", "local steps/s, rank 3", "time per round, s"} <= compared.keys()
     for key, [(predicted, seen_in_real)] in compared.items():
         assert seen_in_real == pytest.approx(predicted, rel=2e-3, abs=1e-9), key  # the last round may fall out
-    assert all(
-        bar.value == pytest.approx(0.0, abs=0.2) for bar in calibrate.time_bars("x", [(foretold, measured)] * 2)
-    )
+    assert all(bar.value == pytest.approx(0.0, abs=0.2) for bar in calibrate.time_bars("x", [(foretold, measured)] * 2))
 
 
 def test_an_all_reduce_of_cnn4_is_foretold_with_frames_and_header():

@@ -98,6 +98,25 @@ def test_the_same_input_gives_the_same_trace_and_bits(name):
     assert torch.equal(xs, ys)
 
 
+SYNCHRONOUS = [name for name in NAMES if registry.find(name).is_synchronous]
+
+
+def test_those_that_wait_for_all_or_for_neighbours_are_synchronous():
+    assert sorted(SYNCHRONOUS) == sorted(WAIT_FOR_ALL + WAIT_FOR_NEIGHBOURS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_decides_when_synchronous_algorithms_learn_and_not_what(name):
+    def points(step_s: list[float], bandwidth: float, round_s: float) -> list[torch.Tensor]:
+        network = Network(4, bandwidth, latency_s=0.01)
+        ended = run(name, steps=40, lr=0.1, steps_per_round=2, step_s=step_s, network=network, round_s=round_s)
+        return ended.works[1].points[:30]
+
+    even, uneven = points([1.0] * 4, 8000.0, 0.1), points([1.0, 1.1, 0.7, 3.0], 30.0, 1.7)
+    same = all(torch.equal(one, other) for one, other in zip(even, uneven, strict=True))
+    assert same == (name in SYNCHRONOUS or name == "independent")
+
+
 # Health
 
 

@@ -179,6 +179,21 @@ def test_each_condition_chooses_for_itself(runs, tmp_path):
     assert chosen == {"fast": 0.1, "slow": 0.2}
 
 
+def test_a_rate_from_elsewhere_is_used_without_trying(runs, tmp_path):
+    once = replace(runs.entry("once"), is_tuned_once=True)
+    same = replace(runs.entry("same"), tuned_as="once")
+    runs.how = lambda name, settings: {"loss": abs(settings.lr - 0.2) + 0.1}
+    entries = (same, once, runs.entry("independent"))
+    wanted = replace(plan("a", conditions=("fast", "slow"), lr_grid=(0.1, 0.2)), entries=entries)
+    outcome = Comparison(wanted, tmp_path / "out", Quiet()).run()
+    assert sorted(runs.started) == [
+        *("independent fast 0", "independent slow 0", "once fast 0 lr 0.1", "once fast 0 lr 0.2"),
+        *("once slow 0 lr 0.2", "same fast 0 lr 0.2", "same slow 0 lr 0.2"),
+    ]
+    assert not outcome.failed
+    assert {run["lr"] for run in outcome.results["runs"] if run["algorithm"] != "independent"} == {0.2}
+
+
 def test_a_trial_that_failed_is_not_tried_again_once_the_choice_is_made(runs, tmp_path):
     runs.how = lambda name, settings: {"status": "failed", "error": "NaN"} if name.endswith("lr 0.4") else {}
     compared(runs, tmp_path, lr_grid=(0.1, 0.4))

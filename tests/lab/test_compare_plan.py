@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from compare_folders import SHARED, plan
 from lasgd.cli.app import app
+from lasgd.cli.entries import parse_entries
 from lasgd.errors import ConfigurationError
 from lasgd.lab.compare.entry import Entry, options, simulate, train, yardstick
 from lasgd.lab.compare.plan import FILE, Cell, going_on, store
@@ -176,3 +177,37 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
     (tmp_path / FILE).write_text("[]")
     with pytest.raises(ConfigurationError, match="not the plan of a comparison"):
         going_on(plan(), tmp_path)
+
+
+# Learning rates from elsewhere
+
+
+def tuned(name: str, **changes) -> Entry:
+    return Entry(name, name, **changes)
+
+
+def test_what_does_not_depend_on_the_condition_is_tuned_under_the_first():
+    asked = replace(plan("b", lr_grid=(0.1, 0.2)), entries=(tuned("a", is_tuned_once=True), tuned("b")))
+    asked = asked.with_choice("fast", "a", 0.2).with_choice("fast", "b", 0.1)
+    assert {cell.entry.label for cell in asked.tries("slow") if cell.lr} == {"b"}
+    assert asked.borrowed_lr(asked.entries[0], "slow") == 0.2
+    assert asked.borrowed_lr(asked.entries[1], "slow") is None
+
+
+def test_an_entry_takes_the_rate_of_the_one_that_computes_the_same_and_waits_for_it():
+    same, own = tuned("same", tuned_as="own"), tuned("own")
+    asked = replace(plan("own", lr_grid=(0.1, 0.2)), entries=(same, own))
+    assert {cell.entry.label for cell in asked.tries("fast") if cell.lr} == {"own"}
+    assert asked.with_choice("fast", "own", 0.1).borrowed_lr(same, "fast") == 0.1
+
+
+def test_it_tries_the_grid_itself_where_the_other_is_not_compared():
+    asked = replace(plan("a", lr_grid=(0.1, 0.2)), entries=(tuned("same", tuned_as="own"),))
+    assert [cell.lr for cell in asked.tries("fast") if cell.entry.label == "same"] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(("budget", "once"), [({"samples": 100}, True), ({"seconds": 5.0}, False)])
+def test_synchronous_algorithms_are_tuned_once_where_the_budget_is_in_samples(budget, once):
+    shared = Settings(data="digits", **budget)
+    found = {entry.label: entry.is_tuned_once for entry in parse_entries(["sync_sgd,d_psgd,lasgd,ad_psgd"], shared)}
+    assert found == {"sync_sgd": once, "d_psgd": once, "lasgd": False, "ad_psgd": False}

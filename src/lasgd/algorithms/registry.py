@@ -57,19 +57,22 @@ class Algorithm:
     """A rank that takes no more local steps must go on with `compute`, for others wait for it; else it may rest."""
     averages_gradients: bool = False
     """Every local step waits for the mean of all gradients, which a driver may also form during the backward pass."""
+    is_synchronous: bool = False
+    """Averages come after the same local steps on all ranks, so time decides when something is learnt, and not what."""
     writes_messages: bool = False
     """Ranks write to each other; all-reduces carry the header, and the exact average at the end."""
 
 
-def _gossip(module: Any, *, exchanges: bool, goes_on_without_steps: bool) -> Algorithm:
-    """An algorithm whose ranks write to each other; `exchanges`: in the background, too."""
+def _gossip(module: Any, *, exchanges: bool) -> Algorithm:
+    """An algorithm whose ranks write to each other; `exchanges`: in the background, else after every local step."""
     return Algorithm(
         module.__name__.rpartition(".")[2],
         module.compute,
         agreement.communicate,
         module.exchange if exchanges else None,
         module.Settings(),
-        goes_on_without_steps=goes_on_without_steps,
+        goes_on_without_steps=not exchanges,
+        is_synchronous=not exchanges,
         writes_messages=True,
     )
 
@@ -78,20 +81,38 @@ _ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
         Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True, goes_on_without_steps=False),
-        Algorithm("local_sgd", local_sgd.compute, None),
-        Algorithm("sync_sgd", sync_sgd.compute, None, lets_ranks_leave=False, averages_gradients=True),
+        Algorithm("local_sgd", local_sgd.compute, None, is_synchronous=True),
         Algorithm(
-            "post_local_sgd", post_local_sgd.compute, None, settings=post_local_sgd.Settings(), lets_ranks_leave=False
+            "sync_sgd",
+            sync_sgd.compute,
+            None,
+            lets_ranks_leave=False,
+            averages_gradients=True,
+            is_synchronous=True,
         ),
-        Algorithm("diloco", diloco.compute, None, settings=diloco.Settings()),
-        Algorithm("overlap_local_sgd", overlap_local_sgd.compute, None, settings=overlap_local_sgd.Settings()),
-        Algorithm("cocod_sgd", cocod_sgd.compute, None),
-        _gossip(d_psgd, exchanges=False, goes_on_without_steps=True),
-        _gossip(sgp, exchanges=False, goes_on_without_steps=True),
-        _gossip(osgp, exchanges=True, goes_on_without_steps=False),
-        _gossip(ad_psgd, exchanges=True, goes_on_without_steps=False),
-        _gossip(parameter_server, exchanges=True, goes_on_without_steps=False),
-        _gossip(easgd, exchanges=True, goes_on_without_steps=False),
+        Algorithm(
+            "post_local_sgd",
+            post_local_sgd.compute,
+            None,
+            settings=post_local_sgd.Settings(),
+            lets_ranks_leave=False,
+            is_synchronous=True,
+        ),
+        Algorithm("diloco", diloco.compute, None, settings=diloco.Settings(), is_synchronous=True),
+        Algorithm(
+            "overlap_local_sgd",
+            overlap_local_sgd.compute,
+            None,
+            settings=overlap_local_sgd.Settings(),
+            is_synchronous=True,
+        ),
+        Algorithm("cocod_sgd", cocod_sgd.compute, None, is_synchronous=True),
+        _gossip(d_psgd, exchanges=False),
+        _gossip(sgp, exchanges=False),
+        _gossip(osgp, exchanges=True),
+        _gossip(ad_psgd, exchanges=True),
+        _gossip(parameter_server, exchanges=True),
+        _gossip(easgd, exchanges=True),
         Algorithm(
             "independent",
             independent.compute,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
+from lasgd.algorithms.registry import find
 from lasgd.cli.config import check_keys, problems
 from lasgd.errors import ConfigurationError, unknown
 from lasgd.lab.compare.entry import Entry
@@ -73,10 +75,11 @@ def _entry(word: str, shared: Settings, seen: Counter[str]) -> Entry:
     seen[label] += 1
     entry = Entry(label if seen[label] == 1 else f"{label} ({seen[label]})", name, own)
     try:
-        entry.settings(shared, "fast", 0)
+        checked = entry.settings(shared, "fast", 0)
     except ValidationError as error:
         raise ConfigurationError("\n".join(f"{what}: {line}" for line in problems(error))) from error
-    return entry
+    # In seconds a condition decides how much is learnt, and the best rate depends on that.
+    return replace(entry, is_tuned_once=checked.seconds is None and find(name).is_synchronous)
 
 
 _PLURALS = {"seed": "Give --seeds.", "condition": "Give --condition, once for each.", "algorithm": "It has a name."}

@@ -108,9 +108,11 @@ class Comparison:
     def _choose(self, condition: str) -> None:
         if self.interrupts.count:
             return
-        for entry in self.plan.entries:
+        for entry in sorted(self.plan.entries, key=lambda entry: entry.tuned_as is not None):
             if self.plan.is_tuned(entry) and self.plan.lr_of(entry, condition) is None:
-                lr = best(trials(self.plan, entry, condition, self.folders))
+                lr = self.plan.borrowed_lr(entry, condition)
+                if lr is None:
+                    lr = best(trials(self.plan, entry, condition, self.folders))
                 if lr is None:
                     self.progress.say(f"{entry.label}, {condition}: no learning rate of the grid came to its end")
                 else:

@@ -66,6 +66,10 @@ class Entry:
     command: Command = field(default=train, compare=False, repr=False)
     can_be_simulated: bool = True
     """`lasgd simulate` knows the algorithm, so its learning rate may be tuned in virtual time."""
+    is_tuned_once: bool = False
+    """What it learns does not depend on the condition, so one condition's learning rate is chosen for all."""
+    tuned_as: str | None = None
+    """The label of an entry that computes the same, whose learning rate it takes where that is in the comparison."""
 
     @property
     def slug(self) -> str:

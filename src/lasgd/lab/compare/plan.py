@@ -95,6 +95,22 @@ class Plan:
         """The chosen learning rate; None before the choice, and for entries that are not tuned."""
         return self.chosen.get(condition, {}).get(entry.label) if self.is_tuned(entry) else None
 
+    def borrowed_lr(self, entry: Entry, condition: str) -> float | None:
+        """The learning rate that was chosen elsewhere and is this one too; None where there is none."""
+        of_all = [self.chosen.get(condition, {})]
+        if entry.is_tuned_once:
+            of_all += self.chosen.values()
+        for label in (entry.label, entry.tuned_as or entry.label):
+            for of_condition in of_all:
+                if label in of_condition:
+                    return of_condition[label]
+        return None
+
+    def is_tried(self, entry: Entry, condition: str) -> bool:
+        """The entry tries the grid itself under this condition, if it has not."""
+        waits = any(entry.tuned_as == other.label and self.is_tuned(other) for other in self.entries)
+        return self.is_tuned(entry) and not waits and self.borrowed_lr(entry, condition) is None
+
     def tries(self, condition: str) -> Iterator[Cell]:
         """The runs that choose learning rates under one condition; nothing where they are chosen.
 
@@ -103,10 +119,9 @@ class Plan:
         seed, real = self.tuning_seed, self.tune == "real"
         for index, lr in enumerate(self.lr_grid):
             for entry in rotated(self.with_yardstick, index):
-                if self.is_tuned(entry):
-                    if self.lr_of(entry, condition) is None:
-                        yield Cell(entry, condition, seed, lr, is_virtual=not real and entry.can_be_simulated)
-                elif index == 0 and seed in self.seeds and real:
+                if self.is_tried(entry, condition):
+                    yield Cell(entry, condition, seed, lr, is_virtual=not real and entry.can_be_simulated)
+                elif not self.is_tuned(entry) and index == 0 and seed in self.seeds and real:
                     yield Cell(entry, condition, seed)
 
     def cells(self, seed: int, condition: str) -> Iterator[Cell]:
