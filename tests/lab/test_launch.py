@@ -303,6 +303,15 @@ def test_ctrl_c_reaches_every_rank_exactly_once_and_waits_for_the_clean_end(fake
     assert read_run(fakes.out).status == "interrupted"
 
 
+def test_ranks_are_groups_of_their_own_in_the_parents_session(fakes):
+    fakes.behave(other="wait")
+    with fakes.parent(2) as parent:
+        for line in fakes.lines(2).values():
+            assert line.next() == "ready"
+            assert os.getsid(line.pid) == parent.pid, "a session of its own is another share of the cores"
+            assert os.getpgid(line.pid) == line.pid
+
+
 def test_sigterm_to_the_parent_is_a_ctrl_c(fakes):
     fakes.behave(other="wait")
     with fakes.parent(2) as parent:

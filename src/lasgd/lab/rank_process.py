@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor:
         die_with_parent(int(supervisor))
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the background of its terminal, and may write to it nonetheless
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before training there is nothing to save: no traceback, just the end
     signal.pthread_sigmask(
         signal.SIG_UNBLOCK, {signal.SIGINT}

@@ -4,7 +4,7 @@ Why not torch.distributed.elastic.multiprocessing: its `SubprocessContext` takes
 so a rank that ended cleanly after Ctrl-C gets the others terminated in the middle of their own clean end; it terminates
 at the first failure seen, when that is often a peer's "connection closed" and not the cause; its grace period is fixed
 at 30 s; a rank that is killed leaves its DataLoader workers behind; and nothing ends the ranks when the parent is
-killed. What is taken over from it: a session per rank, and the format of its error files.
+killed. What is taken over from it: the format of its error files.
 
     starting -> running -> ended                    all ranks exit with 0 or 130
                 running -> terminating -> ended     one failed (SIGTERM, after a grace SIGKILL)
@@ -75,7 +75,7 @@ class Supervisor:
     """Starts the ranks on entering, and on leaving has left nothing of them running, whatever happened.
 
     SIGINT, SIGTERM and SIGHUP to this process count as Ctrl-C between the two (in the main thread only, and not where
-    they were ignored, as under nohup). Ranks sit in sessions of their own, so a terminal's Ctrl-C comes here alone.
+    they were ignored, as under nohup). Ranks are process groups of their own, so a terminal's Ctrl-C comes here alone.
     """
 
     def __init__(self, commands: Sequence[RankCommand], grace_s: float = 5.0, cause_grace_s: float = 2.0) -> None:
@@ -211,7 +211,7 @@ def _start(command: RankCommand) -> subprocess.Popen[bytes]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,  # in the same session: Linux gives each session its own share of the cores
             )
     finally:
         if output is not None:
