@@ -42,7 +42,7 @@ from peers import named
 FOLDER = Path(__file__).resolve().parent
 REFERENCE = "sync_sgd"
 ALL_CONDITIONS = ("fast", "slow", "straggler", "jitter", "both")
-GRID = (0.0125, 0.025, 0.05, 0.1, 0.2)
+GRID = (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1)  # a server's workers take as many steps as there are ranks
 BLOCKING = ("sync_sgd", "local_sgd", "post_local_sgd", "diloco", "overlap_local_sgd", "cocod_sgd", "d_psgd", "sgp")
 GOSSIP = ("d_psgd", "sgp", "osgp", "ad_psgd")
 EVERY = (
