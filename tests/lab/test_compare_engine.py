@@ -212,8 +212,15 @@ def test_a_grid_that_failed_altogether_fails_the_entry_and_is_tried_again(runs, 
 
 
 def test_tuned_in_virtual_time_the_first_seed_still_runs(runs, tmp_path):
-    runs.how = lambda name, settings: {"loss": settings.lr}
+    evaluations = {}
+
+    def how(name: str, settings: Any) -> dict[str, Any]:
+        evaluations[name] = settings.evaluations
+        return {"loss": settings.lr}
+
+    runs.how = how
     compared(runs, tmp_path, lr_grid=(0.1, 0.2), tune="virtual")
+    assert (evaluations["virtual lr 0.1"], evaluations["a fast 0 lr 0.1"]) == (1, 4), "a trial is for its final loss"
     assert runs.started == ["virtual lr 0.1", "virtual lr 0.2", "a fast 0 lr 0.1", "independent fast 0"]
 
 

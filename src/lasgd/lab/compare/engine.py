@@ -127,6 +127,8 @@ class Comparison:
             shutil.rmtree(folder)  # of an attempt that did not come to its end
         (folder / LOG).parent.mkdir(parents=True)
         settings = cell.entry.settings(self.plan.shared, cell.condition, cell.seed, cell.lr)
+        if cell.is_virtual:  # for its final loss alone
+            settings = settings.model_copy(update={"evaluations": 1})
         command = entries.simulate if cell.is_virtual else cell.entry.command
         begin_s = time.monotonic()
         self.progress.begin(cell, lambda: last_line(folder / LOG))
