@@ -42,8 +42,10 @@ from peers import named
 FOLDER = Path(__file__).resolve().parent
 REFERENCE = "sync_sgd"
 ALL_CONDITIONS = ("fast", "slow", "straggler", "jitter", "both")
-GRID = (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1)  # a server's workers take as many steps as there are ranks
+GRID = (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1)  # down to a quarter, as a server takes four updates for one
 BLOCKING = ("sync_sgd", "local_sgd", "post_local_sgd", "diloco", "overlap_local_sgd", "cocod_sgd", "d_psgd", "sgp")
+LEAST = {"slow": 4.0, "straggler": 2.5, "jitter": 1.2, "fast": 0.95}
+"""How many times sooner than DDP `lasgd` is to be at the target."""
 GOSSIP = ("d_psgd", "sgp", "osgp", "ad_psgd")
 EVERY = (
     "lasgd,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,"
@@ -92,7 +94,7 @@ SAME_STEPS = {
     "torch_post_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
     "torchft_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
 }
-"""Peers that take the learning rate of the entry which computes the same. Others try the grid in real runs, once."""
+"""Peers that take the learning rate of an entry with the same local steps. Others try the grid in real runs, once."""
 
 
 def peer_entry(text: str) -> Entry:
@@ -135,7 +137,7 @@ def entries_of(study: Study, asked: str | None, shared: Settings, notes: list[st
 
 
 def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The finished and failed runs, each with its curve, and without what only its folder is good for."""
+    """The runs that have been made, each with its curve, and without what only its folder is good for."""
     found = []
     for run in results["runs"]:
         if run["status"] == "missing":
@@ -148,9 +150,16 @@ def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any
 
 
 def merged(earlier: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier runs, but for those that have been made again."""
-    by_key = {(run["condition"], run["algorithm"], run["seed"]): dict(run) for run in [*earlier, *now]}
-    return list(by_key.values())
+    """Earlier runs, but for those that have been made again; none that was cut short, for it says nothing.
+
+    A run that was only found again in its folder keeps the commit and the date at which it was made.
+    """
+    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in [*earlier, *now]:
+        key = (run["condition"], run["algorithm"], run["seed"])
+        if key not in by_key or by_key[key]["curve"] != run["curve"]:
+            by_key[key] = dict(run)
+    return [run for run in by_key.values() if run["status"] in ("finished", "failed")]
 
 
 # What is said of them
@@ -227,6 +236,10 @@ def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
         found = cells(runs, condition)
         target = target_of(found)
         if target is None or "lasgd" not in found:
+            if study == "cifar10" and condition in LEAST:
+                made.append(
+                    Bar(f"{condition}: sooner than {REFERENCE} (DDP)", None, at_least=LEAST[condition], unit="x")
+                )
             continue
         if study == "cifar10":
             made += time_bars(condition, found, target)
@@ -240,7 +253,7 @@ def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
 def time_bars(condition: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
     """Of `lasgd`'s time to the target against the others'."""
     times = {label: sooner(found, label, target) for label in found if label != "lasgd"}
-    least = {"slow": 4.0, "straggler": 2.5, "jitter": 1.2, "fast": 0.95}.get(condition)
+    least = LEAST.get(condition)
     made: list[Bar] = []
     if least is not None:
         made.append(Bar(f"{condition}: sooner than {REFERENCE} (DDP)", times.pop(REFERENCE), at_least=least, unit="x"))

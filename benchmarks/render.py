@@ -50,7 +50,10 @@ def _block(name: str, results: Mapping[str, Result]) -> str:
 
 def _verdict(result: Result) -> list[str]:
     missed = sum(bar["holds"] is False for bar in result["bars"])
+    unknown = sum(bar["holds"] is None for bar in result["bars"])
     said = f"**{missed} of {len(result['bars'])} bars missed.**" if missed else "All bars hold."
+    if unknown:
+        said = (said + " " if missed else "") + f"{unknown} of {len(result['bars'])} bars are not measured yet."
     if result["card"]["settings"].get("quick"):
         said += " This was a `--quick` run: its figures stand for nothing."
     return [said]
@@ -99,6 +102,8 @@ def _comparison_row(cell: Cell, found: Mapping[str, Cell], target: float | None)
     mean_s = cell.seconds_to(target) if target is not None else None
     if len(reached) == len(cell.runs):
         when = _range(reached)
+    elif target is None:
+        when = "no target"
     else:
         when = f"{len(reached)} of {len(cell.runs)} seeds" if reached else "never"
     top1 = [run["final_top1"] for run in cell.finished if run["final_top1"] is not None]

@@ -50,6 +50,25 @@ def test_who_has_a_failed_run_was_not_measured():
     assert found_bars("cifar10", runs)["slow: not 10 % later than ad_psgd"].holds is None
 
 
+def test_a_condition_without_the_reference_is_not_measured_and_not_passed_over():
+    assert found_bars("cifar10", [run("lasgd")])["slow: sooner than sync_sgd (DDP)"].holds is None
+
+
+def test_a_run_that_was_cut_short_is_not_kept():
+    from comparison import merged
+
+    cut, failed = run("osgp", status="interrupted"), run("sgp", status="failed")
+    assert merged([cut], [failed]) == [failed]
+
+
+def test_a_run_that_is_found_again_keeps_the_commit_at_which_it_was_made():
+    from comparison import merged
+
+    made, again = run("lasgd") | {"commit": "old"}, run("lasgd", seconds=9.0) | {"commit": "new"}
+    assert merged([made], [run("lasgd") | {"commit": "new"}]) == [made]
+    assert merged([made], [again]) == [again]
+
+
 def test_one_seed_that_misses_the_target_is_a_miss():
     runs = [run("lasgd"), run("lasgd", seed=1, top1=0.7), run("sync_sgd"), run("sync_sgd", seed=1)]
     assert found_bars("cifar10", runs)["slow: sooner than sync_sgd (DDP)"].value == 0.0

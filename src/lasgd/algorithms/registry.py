@@ -57,10 +57,13 @@ class Algorithm:
     """A rank that takes no more local steps must go on with `compute`, for others wait for it; else it may rest."""
     averages_gradients: bool = False
     """Every local step waits for the mean of all gradients, which a driver may also form during the backward pass."""
-    is_synchronous: bool = False
-    """Averages come after the same local steps on all ranks, so time decides when something is learnt, and not what."""
     writes_messages: bool = False
     """Ranks write to each other; all-reduces carry the header, and the exact average at the end."""
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Nothing reaches a replica in the background, so time decides when something is learnt, and not what."""
+        return self.exchange is None and (self.communicate is None or self.writes_messages)
 
 
 def _gossip(module: Any, *, exchanges: bool) -> Algorithm:
@@ -72,7 +75,6 @@ def _gossip(module: Any, *, exchanges: bool) -> Algorithm:
         module.exchange if exchanges else None,
         module.Settings(),
         goes_on_without_steps=not exchanges,
-        is_synchronous=not exchanges,
         writes_messages=True,
     )
 
@@ -81,14 +83,13 @@ _ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
         Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True, goes_on_without_steps=False),
-        Algorithm("local_sgd", local_sgd.compute, None, is_synchronous=True),
+        Algorithm("local_sgd", local_sgd.compute, None),
         Algorithm(
             "sync_sgd",
             sync_sgd.compute,
             None,
             lets_ranks_leave=False,
             averages_gradients=True,
-            is_synchronous=True,
         ),
         Algorithm(
             "post_local_sgd",
@@ -96,17 +97,15 @@ _ALGORITHMS = {
             None,
             settings=post_local_sgd.Settings(),
             lets_ranks_leave=False,
-            is_synchronous=True,
         ),
-        Algorithm("diloco", diloco.compute, None, settings=diloco.Settings(), is_synchronous=True),
+        Algorithm("diloco", diloco.compute, None, settings=diloco.Settings()),
         Algorithm(
             "overlap_local_sgd",
             overlap_local_sgd.compute,
             None,
             settings=overlap_local_sgd.Settings(),
-            is_synchronous=True,
         ),
-        Algorithm("cocod_sgd", cocod_sgd.compute, None, is_synchronous=True),
+        Algorithm("cocod_sgd", cocod_sgd.compute, None),
         _gossip(d_psgd, exchanges=False),
         _gossip(sgp, exchanges=False),
         _gossip(osgp, exchanges=True),

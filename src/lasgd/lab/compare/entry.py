@@ -67,9 +67,9 @@ class Entry:
     can_be_simulated: bool = True
     """`lasgd simulate` knows the algorithm, so its learning rate may be tuned in virtual time."""
     is_tuned_once: bool = False
-    """What it learns does not depend on the condition, so one condition's learning rate is chosen for all."""
+    """One condition's learning rate is chosen for all, as where the condition does not decide what it learns."""
     tuned_as: str | None = None
-    """The label of an entry that computes the same, whose learning rate it takes where that is in the comparison."""
+    """The label of an entry with the same local steps, whose learning rate it takes where that is in the comparison."""
 
     @property
     def slug(self) -> str:
