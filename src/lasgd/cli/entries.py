@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lasgd.algorithms.registry import find
 from lasgd.cli.config import check_keys, problems
 from lasgd.errors import ConfigurationError, unknown
 from lasgd.lab.compare.entry import Entry
@@ -39,6 +38,8 @@ def parse_entries(texts: Iterable[str], shared: Settings) -> tuple[Entry, ...]:
 
 
 def _entry(word: str, shared: Settings, seen: Counter[str]) -> Entry:
+    from lasgd.algorithms.registry import find  # brings torch
+
     name, *pairs = (part.strip() for part in word.split(":"))
     what = f"--algorithms: entry {word!r}"
     if not name:
