@@ -6,10 +6,12 @@
     python benchmarks/comparison.py quality                         the same entered twice: how far do equals differ?
     python benchmarks/comparison.py digits --conditions slow --entries lasgd,sync_sgd --seeds 0 --runs kept
 
-Each is a `lasgd compare` (same engine, same report, in the folder `--runs`), and may be made in parts: what is stored
-in benchmarks/results/comparison_STUDY.json from earlier calls stays there, and runs of the same entry, condition and
-seed take the place of earlier ones. Learning rates are chosen from a grid in virtual time. Peers that are not installed
-are left out, and the output says so.
+All entries have the same budget: as many seconds as the study gives a condition, or samples (`--budget samples`).
+
+Each budget is a `lasgd compare` (same engine, same report, in its folder within `--runs`), and may be made in parts:
+what is stored in benchmarks/results/comparison_STUDY.json from earlier calls stays there, and runs of the same entry,
+condition, budget and seed take the place of earlier ones. Learning rates are chosen from a grid in virtual time. Peers
+that are not installed are left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ from rich.console import Console
 
 from common import RESULTS, Bar, Report, arguments_for, run_card, where_to_store
 from lasgd.cli.entries import parse_entries
+from lasgd.errors import ConfigurationError
 from lasgd.lab.compare.engine import Comparison
 from lasgd.lab.compare.entry import Entry, options
 from lasgd.lab.compare.figures import crossing, read_folder
-from lasgd.lab.compare.plan import TARGET_SHARE, Plan
+from lasgd.lab.compare.plan import TARGET_SHARE, Plan, condition_slug
 from lasgd.lab.compare.progress import Progress
 from lasgd.lab.report.write import write
 from lasgd.training.settings import Settings
@@ -53,7 +56,10 @@ EVERY = (
     "overlap_local_sgd:steps-per-round=10,cocod_sgd:steps-per-round=10,d_psgd,sgp,osgp,ad_psgd,parameter_server,"
     "easgd:steps-per-round=10"
 )
-MAIN = "lasgd,sync_sgd,local_sgd:steps-per-round=10,ad_psgd,osgp,parameter_server"
+MAIN = (
+    "lasgd,sync_sgd,local_sgd:steps-per-round=10,local_sgd:steps-per-round=40,"
+    "diloco:steps-per-round=10:outer-momentum=0.5,ad_psgd,osgp,parameter_server"
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +73,35 @@ class Study:
     conditions: tuple[str, ...]
     peers: tuple[str, ...] = ()
     grid: tuple[float, ...] = GRID
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of the conditions whose budget is in seconds: where steps cost many times more, few would reach `samples`."""
+
+    def budget(self, condition: str, kind: str | None) -> dict[str, float]:
+        """As settings of `lasgd train`; `kind` is seconds, samples, or None for the study's own."""
+        if kind == "samples" or (kind is None and condition not in self.seconds):
+            return {"samples": self.samples}
+        if condition not in self.seconds:
+            known = ", ".join(self.seconds) or "no condition"
+            raise ConfigurationError(f"--budget seconds: the study has none for {condition!r}, only for {known}.")
+        return {"seconds": self.seconds[condition]}
 
 
 PEERS = (
     "torch_ddp",
     "torch_post_local_sgd:sync-every=10",
     "torchft_local_sgd:sync-every=10",
-    "torchft_diloco:sync-every=10",
+    "torchft_diloco:outer-momentum=0.5",
     "hivemind_optimizer",
 )
 STUDIES = {
     "digits": Study("digits", EVERY, 20_000, (0, 1, 2), ALL_CONDITIONS),
-    "cifar10": Study("cifar10.tar.xz", MAIN, 60_000, (0, 1, 2), ALL_CONDITIONS, PEERS),
+    "cifar10": Study(
+        *("cifar10.tar.xz", MAIN, 60_000, (0, 1, 2), ALL_CONDITIONS, PEERS),
+        seconds={"slow": 200.0, "straggler": 100.0, "jitter": 60.0, "both": 200.0},
+    ),
     "tiny-imagenet": Study(
-        "tiny-imagenet-20.tar.xz", "lasgd,sync_sgd,ad_psgd", 40_000, (0,), ("fast", "slow", "straggler", "both")
+        *("tiny-imagenet-20.tar.xz", "lasgd,sync_sgd,ad_psgd", 40_000, (0,), ("fast", "slow", "straggler", "both")),
+        seconds={"slow": 200.0, "straggler": 100.0, "both": 200.0},
     ),
     "quality": Study("digits", "lasgd,lasgd,sync_sgd,sync_sgd", 20_000, (0, 1, 2), ("fast",), grid=()),
 }
@@ -89,12 +110,18 @@ STUDIES = {
 # Entries
 
 
-SAME_STEPS = {
+TUNED_AS = {
     "torch_ddp": "sync_sgd",
     "torch_post_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
     "torchft_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
+    "torchft_diloco:outer-momentum=0.5": "diloco:steps-per-round=10:outer-momentum=0.5",
+    "hivemind_optimizer": "lasgd",
 }
-"""Peers that take the learning rate of an entry with the same local steps. Others try the grid in real runs, once."""
+"""Whose learning rate a peer takes, where that entry is in the comparison: the grid in real runs would cost hours.
+
+The first three take the same local steps as the entry. torchft's DiLoCo has fragments and a delay beside, and hivemind
+averages every 20 steps and not as often as it can: for these two it is the nearest that there is.
+"""
 
 
 def peer_entry(text: str) -> Entry:
@@ -114,7 +141,7 @@ def peer_entry(text: str) -> Entry:
         ]
 
     return Entry(
-        f"peer:{text}", name, command=command, can_be_simulated=False, is_tuned_once=True, tuned_as=SAME_STEPS.get(text)
+        f"peer:{text}", name, command=command, can_be_simulated=False, is_tuned_once=True, tuned_as=TUNED_AS.get(text)
     )
 
 
@@ -136,7 +163,15 @@ def entries_of(study: Study, asked: str | None, shared: Settings, notes: list[st
 # What is stored of a run
 
 
-def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+_BUDGETS = ("samples", "epochs", "seconds")
+
+
+def said(budget: Mapping[str, float]) -> str:
+    """A budget in words."""
+    return " and ".join(f"{value:,.12g} {name}" for name, value in budget.items())
+
+
+def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any], budget: str) -> list[dict[str, Any]]:
     """The runs that have been made, each with its curve, and without what only its folder is good for."""
     found = []
     for run in results["runs"]:
@@ -145,7 +180,7 @@ def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any
         kept = {key: value for key, value in run.items() if key not in ("folder", "took_s")}
         metrics = read_folder(folder / run["folder"]).metrics
         kept["curve"] = [[round(m["wall_s"], 3), m["samples"], m["top1"], m.get("consensus")] for m in metrics]
-        found.append(kept | {"commit": card["commit"], "date": card["date"]})
+        found.append(kept | {"budget": budget, "commit": card["commit"], "date": card["date"]})
     return found
 
 
@@ -156,10 +191,21 @@ def merged(earlier: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]
     """
     by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in [*earlier, *now]:
-        key = (run["condition"], run["algorithm"], run["seed"])
+        key = (run["condition"], run["budget"], run["algorithm"], run["seed"])
         if key not in by_key or by_key[key]["curve"] != run["curve"]:
             by_key[key] = dict(run)
     return [run for run in by_key.values() if run["status"] in ("finished", "failed")]
+
+
+def merged_trials(
+    earlier: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]], budget: str
+) -> list[dict[str, Any]]:
+    """The learning rates that were tried, earlier ones unless they have been tried again."""
+    kept = ("algorithm", "condition", "lr", "final_loss", "final_top1", "chosen", "at_edge", "virtual")
+    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for trial in [*earlier, *({key: trial[key] for key in kept} | {"budget": budget} for trial in now)]:
+        by_key[trial["condition"], trial["budget"], trial["algorithm"], trial["lr"]] = dict(trial)
+    return list(by_key.values())
 
 
 # What is said of them
@@ -196,13 +242,14 @@ class Cell:
         return statistics.fmean(known) if known and len(known) == len(self.runs) else None
 
 
-def cells(runs: Sequence[Mapping[str, Any]], condition: str) -> dict[str, Cell]:
-    """By entry, in the order in which they are stored."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+def contests(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Cell]]:
+    """What can be compared: by condition and budget the runs of each entry, in the order in which they are stored."""
+    found: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for run in runs:
-        if run["condition"] == condition:
-            found.setdefault(run["algorithm"], []).append(run)
-    return {label: Cell(of_label) for label, of_label in found.items()}
+        found.setdefault((run["condition"], run["budget"]), {}).setdefault(run["algorithm"], []).append(run)
+    return {
+        contest: {label: Cell(of_label) for label, of_label in by_label.items()} for contest, by_label in found.items()
+    }
 
 
 def target_of(found: Mapping[str, Cell]) -> float | None:
@@ -232,36 +279,33 @@ def sooner(found: Mapping[str, Cell], label: str, target: float) -> float | None
 def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
     """What the study is held to, as far as its runs have been made."""
     made: list[Bar] = []
-    for condition in dict.fromkeys(run["condition"] for run in runs):
-        found = cells(runs, condition)
+    for (condition, budget), found in contests(runs).items():
         target = target_of(found)
-        if target is None or "lasgd" not in found:
-            if study == "cifar10" and condition in LEAST:
-                made.append(
-                    Bar(f"{condition}: sooner than {REFERENCE} (DDP)", None, at_least=LEAST[condition], unit="x")
-                )
-            continue
-        if study == "cifar10":
-            made += time_bars(condition, found, target)
-        if study == "quality":
+        if study == "cifar10" and (target is None or "lasgd" not in found):
+            if condition in LEAST:
+                what = f"{condition}, {budget}: sooner than {REFERENCE} (DDP)"
+                made.append(Bar(what, None, at_least=LEAST[condition], unit="x"))
+        elif study == "cifar10" and target is not None:
+            made += time_bars(condition, budget, found, target)
+        elif study == "quality" and target is not None:
             made += quality_bars(condition, found, target)
-    if study == "digits":
-        made += honest_bars(cells(runs, "fast"))
+        elif study == "digits" and condition == "fast" and budget.endswith("samples"):
+            made += honest_bars(found)
     return made
 
 
-def time_bars(condition: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
+def time_bars(condition: str, budget: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
     """Of `lasgd`'s time to the target against the others'."""
     times = {label: sooner(found, label, target) for label in found if label != "lasgd"}
-    least = LEAST.get(condition)
+    least, where = LEAST.get(condition), f"{condition}, {budget}"
     made: list[Bar] = []
     if least is not None:
-        made.append(Bar(f"{condition}: sooner than {REFERENCE} (DDP)", times.pop(REFERENCE), at_least=least, unit="x"))
+        made.append(Bar(f"{where}: sooner than {REFERENCE} (DDP)", times.pop(REFERENCE), at_least=least, unit="x"))
     for label, value in times.items():
         if condition == "slow" and (kind(label) in BLOCKING or label.startswith("peer:")):
-            made.append(Bar(f"slow: sooner than {label}", value, at_least=1.2, unit="x"))
+            made.append(Bar(f"{where}: sooner than {label}", value, at_least=1.2, unit="x"))
         elif condition == "slow" or (condition in ("straggler", "jitter") and kind(label) in GOSSIP):
-            made.append(Bar(f"{condition}: not 10 % later than {label}", value, at_least=1 / 1.1, unit="x"))
+            made.append(Bar(f"{where}: not 10 % later than {label}", value, at_least=1 / 1.1, unit="x"))
     return made
 
 
@@ -309,63 +353,85 @@ def main() -> int:
     parser.add_argument("--entries", help="separated by commas; default: the study's")
     parser.add_argument("--seeds", help="separated by commas; default: the study's")
     parser.add_argument("--grid", help="learning rates, separated by commas; default: the study's")
-    parser.add_argument("--samples", type=int)
+    parser.add_argument("--budget", choices=("seconds", "samples"), help="default: as the study gives each condition")
+    parser.add_argument("--samples", type=int, help="budget in samples, where it is not in seconds")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     if arguments.samples is not None:
         study = dataclasses.replace(study, samples=arguments.samples)
     if arguments.quick:
-        study = dataclasses.replace(study, samples=1500, seeds=(0,), conditions=("fast",), grid=(), peers=())
+        study = dataclasses.replace(
+            study, samples=1500, seconds={}, seeds=(0,), conditions=("fast",), grid=(), peers=()
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        return _measured(arguments, study, arguments.runs or Path(temporary) / "runs")
+        try:
+            return _measured(arguments, study, arguments.runs or Path(temporary) / "runs")
+        except ConfigurationError as error:
+            parser.error(str(error))
 
 
 def _measured(arguments: argparse.Namespace, study: Study, folder: Path) -> int:
-    shared = Settings(
-        data=arguments.data or study.data,
-        model="cnn4",
-        batch_size=16,
-        ranks=4,
-        samples=study.samples,
-        lr=0.05,
-        evaluations=20,
-        checkpoints=0,
-        device="cpu",
-    )
     seeds = _numbers(arguments.seeds, int) or study.seeds
     grid = _numbers(arguments.grid, float) or study.grid
+    conditions = tuple(arguments.conditions.split(",")) if arguments.conditions else study.conditions
     name = f"comparison_{arguments.study.replace('-', '_')}"
-    report = Report(name, run_card(shared.model_dump(mode="json", exclude={"data"}), seeds))
-    plan = Plan(
-        shared=shared,
-        entries=entries_of(study, arguments.entries, shared, report.notes),
-        conditions=tuple(arguments.conditions.split(",")) if arguments.conditions else study.conditions,
-        seeds=seeds,
-        reference=REFERENCE,
-        lr_grid=grid,
-        tune="virtual" if grid else "real",
-        tuning_seed=seeds[0],
-        command=report.card["command"],
-    )
-    outcome = Comparison(plan, folder, Progress(Console())).run()
-    write([folder], folder)
+    budgets: dict[str, dict[str, float]] = {}
+    under: dict[str, list[str]] = {}
+    for condition in conditions:
+        budget = study.budget(condition, arguments.budget)
+        budgets[said(budget)] = budget
+        under.setdefault(said(budget), []).append(condition)
+    settings = shared_settings(study, arguments.data, {}).model_dump(mode="json", exclude={"data", *_BUDGETS})
+    report = Report(name, run_card(settings | {"budget": " / ".join(budgets)}, seeds))
     where = where_to_store(name, arguments)
     place = where or RESULTS / f"{name}.json"
     earlier = json.loads(place.read_text(encoding="utf-8"))["figures"] if where and place.exists() else {}
-    runs = merged(earlier.get("runs", ()), stored_runs(outcome.results, folder, report.card))
-    report.figures = {
-        "runs": runs,
-        "grid": earlier.get("grid", [])
-        + [
-            {key: trial[key] for key in ("algorithm", "condition", "lr", "final_loss", "final_top1", "chosen")}
-            for trial in outcome.results["grid"]["tried"]
-        ],
-    }
+    runs, tried = earlier.get("runs", []), earlier.get("grid", [])
+    for text, budget in budgets.items():
+        shared = shared_settings(study, arguments.data, budget)
+        plan = Plan(
+            shared=shared,
+            entries=entries_of(study, arguments.entries, shared, report.notes),
+            conditions=tuple(under[text]),
+            seeds=seeds,
+            reference=REFERENCE,
+            lr_grid=grid,
+            tune="virtual" if grid else "real",
+            tuning_seed=seeds[0],
+            command=report.card["command"],
+        )
+        of_budget = folder / condition_slug(text)
+        of_budget.mkdir(parents=True, exist_ok=True)
+        outcome = Comparison(plan, of_budget, Progress(Console())).run()
+        write([of_budget], of_budget)
+        runs = merged(runs, stored_runs(outcome.results, of_budget, report.card, text))
+        tried = merged_trials(tried, outcome.results["grid"]["tried"], text)
+        if outcome.interrupted:
+            break
+    report.figures = {"runs": runs, "grid": tried}
+    report.notes[:] = dict.fromkeys(report.notes)
     for bar in bars(arguments.study, runs):
         report.add(bar)
     failed = [run for run in runs if run["status"] != "finished"]
     report.notes += [f"{run['status']}: {run['algorithm']}, {run['condition']}, seed {run['seed']}" for run in failed]
     return report.finish(where)
+
+
+def shared_settings(study: Study, data: str | None, budget: Mapping[str, float]) -> Settings:
+    """What all runs of one budget share."""
+    return Settings.model_validate(
+        {
+            "data": data or study.data,
+            "model": "cnn4",
+            "batch_size": 16,
+            "ranks": 4,
+            "lr": 0.05,
+            "evaluations": 20,
+            "checkpoints": 0,
+            "device": "cpu",
+        }
+        | dict(budget)
+    )
 
 
 def _numbers(text: str | None, kind: type) -> tuple[Any, ...]:

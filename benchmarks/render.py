@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import FOLDER, RESULTS, format_value
-from comparison import REFERENCE, Cell, cells, target_of
+from comparison import REFERENCE, Cell, contests, target_of
 
 PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -73,11 +73,10 @@ def _table(bars: Sequence[Mapping[str, Any]]) -> list[str]:
 def _comparison(result: Result) -> list[str]:
     """A table for each condition, the bars where there are any, and the cards of all parts."""
     runs, lines = result["figures"]["runs"], []
-    for condition in dict.fromkeys(run["condition"] for run in runs):
-        found = cells(runs, condition)
+    for (condition, budget), found in contests(runs).items():
         target = target_of(found)
         said = "no target" if target is None else f"target {target:.1%}"
-        lines += [f"**`{condition}`**, {said}", ""]
+        lines += [f"**`{condition}`**, {budget}, {said}", ""]
         lines += ["| | lr | seconds to target | sooner than DDP | samples to target | final top-1 | waits |"]
         lines += ["|---|---|---|---|---|---|---|"]
         rows = {label: _comparison_row(cell, found, target) for label, cell in found.items()}

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from lasgd.errors import ConfigurationError
 from lasgd.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 
-def run(label, condition="slow", seed=0, seconds=10.0, top1=0.8, status="finished"):
+def run(label, condition="slow", seed=0, seconds=10.0, top1=0.8, status="finished", budget="900 samples"):
     """A run that gets to `top1` in a straight line, in `seconds`."""
     curve = [[seconds * part / 10, 100 * part, top1 * part / 10, None] for part in range(1, 11)]
     rates = {"steps_per_s": 1000 / seconds}
     common = {"algorithm": label, "condition": condition, "seed": seed, "status": status, "final_top1": top1}
+    common["budget"] = budget
     return common | rates | {"curve": curve if status == "finished" else []}
 
 
@@ -31,27 +33,27 @@ def test_lasgd_is_held_to_the_reference_the_blocking_ones_and_the_others():
     runs = [run("lasgd"), run("sync_sgd", seconds=39.0), run("local_sgd:steps-per-round=10", seconds=11.0)]
     runs += [run("ad_psgd", seconds=9.5), run("peer:torchft_diloco", top1=0.5)]
     bars = found_bars("cifar10", runs)
-    ddp = bars["slow: sooner than sync_sgd (DDP)"]
+    ddp = bars["slow, 900 samples: sooner than sync_sgd (DDP)"]
     assert (round(ddp.value, 2), ddp.holds) == (3.9, False)
-    assert bars["slow: sooner than local_sgd:steps-per-round=10"].holds is False
-    assert bars["slow: not 10 % later than ad_psgd"].holds is True
-    late = bars["slow: sooner than peer:torchft_diloco"]
+    assert bars["slow, 900 samples: sooner than local_sgd:steps-per-round=10"].holds is False
+    assert bars["slow, 900 samples: not 10 % later than ad_psgd"].holds is True
+    late = bars["slow, 900 samples: sooner than peer:torchft_diloco"]
     assert (late.value, late.holds) == (math.inf, True)
 
 
 def test_lasgd_that_never_gets_there_is_sooner_than_nobody():
     bars = found_bars("cifar10", [run("lasgd", top1=0.5), run("sync_sgd"), run("ad_psgd", top1=0.5)])
-    assert bars["slow: sooner than sync_sgd (DDP)"].holds is False
-    assert bars["slow: not 10 % later than ad_psgd"].holds is False
+    assert bars["slow, 900 samples: sooner than sync_sgd (DDP)"].holds is False
+    assert bars["slow, 900 samples: not 10 % later than ad_psgd"].holds is False
 
 
 def test_who_has_a_failed_run_was_not_measured():
     runs = [run("lasgd"), run("sync_sgd"), run("ad_psgd"), run("ad_psgd", seed=1, status="failed")]
-    assert found_bars("cifar10", runs)["slow: not 10 % later than ad_psgd"].holds is None
+    assert found_bars("cifar10", runs)["slow, 900 samples: not 10 % later than ad_psgd"].holds is None
 
 
 def test_a_condition_without_the_reference_is_not_measured_and_not_passed_over():
-    assert found_bars("cifar10", [run("lasgd")])["slow: sooner than sync_sgd (DDP)"].holds is None
+    assert found_bars("cifar10", [run("lasgd")])["slow, 900 samples: sooner than sync_sgd (DDP)"].holds is None
 
 
 def test_a_run_that_was_cut_short_is_not_kept():
@@ -71,7 +73,7 @@ def test_a_run_that_is_found_again_keeps_the_commit_at_which_it_was_made():
 
 def test_one_seed_that_misses_the_target_is_a_miss():
     runs = [run("lasgd"), run("lasgd", seed=1, top1=0.7), run("sync_sgd"), run("sync_sgd", seed=1)]
-    assert found_bars("cifar10", runs)["slow: sooner than sync_sgd (DDP)"].value == 0.0
+    assert found_bars("cifar10", runs)["slow, 900 samples: sooner than sync_sgd (DDP)"].value == 0.0
 
 
 def test_gossip_is_held_to_synchronous_sgd_in_points():
@@ -112,6 +114,37 @@ def test_a_peer_is_started_with_what_all_share_and_its_own():
     assert {"--samples", "--condition", "--seed", "--lr"} <= set(command)
     assert not {"--algorithm", "--checkpoints", "--device"} & set(command)
     assert not entry.can_be_simulated
+
+
+def test_runs_of_another_budget_are_another_contest():
+    from comparison import merged
+
+    runs = [run("lasgd"), run("sync_sgd"), run("lasgd", budget="60 seconds", seconds=1.0)]
+    assert merged([], runs) == runs
+    bars = found_bars("cifar10", runs)
+    assert bars["slow, 900 samples: sooner than sync_sgd (DDP)"].value == pytest.approx(1.0)
+    assert bars["slow, 60 seconds: sooner than sync_sgd (DDP)"].holds is None  # its reference was not run
+
+
+def test_a_condition_has_the_studys_seconds_unless_samples_are_asked_for():
+    from comparison import STUDIES, said
+
+    study = STUDIES["cifar10"]
+    assert said(study.budget("slow", None)) == "200 seconds"
+    assert said(study.budget("slow", "samples")) == said(study.budget("fast", None)) == "60,000 samples"
+    with pytest.raises(ConfigurationError, match="none for 'fast'"):
+        study.budget("fast", "seconds")
+
+
+def test_a_learning_rate_that_is_tried_again_is_stored_once():
+    from comparison import merged_trials
+
+    tried = {"algorithm": "lasgd", "condition": "slow", "lr": 0.1, "final_loss": 1.0, "final_top1": 0.5}
+    tried |= {"chosen": True, "at_edge": True, "virtual": True}
+    stored = merged_trials([], [tried], "60 seconds")
+    assert merged_trials(stored, [tried | {"final_loss": 0.9}], "60 seconds")[0]["final_loss"] == 0.9
+    assert len(merged_trials(stored, [tried], "60 seconds")) == 1
+    assert len(merged_trials(stored, [tried], "900 samples")) == 2
 
 
 def test_every_studys_entries_can_be_read():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lasgd.errors import ConfigurationError
 from lasgd.training.run_folder import RunRecord, read_metrics, read_run
+from lasgd.training.settings import Settings
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RUN = BENCHMARKS / "peers" / "run.py"
@@ -138,6 +139,15 @@ def test_wrong_options_are_told_without_a_traceback(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_budget_in_seconds_is_as_many_samples_as_take_so_long():
+    from peers.run import within
+
+    settings = Settings(seconds=30.0, batch_size=16)
+    assert within(settings, 30.0, 62.4, ranks=4).samples == 1872
+    assert within(settings, 30.0, 62.4, ranks=4).seconds is None
+    assert within(settings, 30.0, 0.1, ranks=4).samples == 64  # a step of every rank at least
+
+
 def test_diloco_with_fragments_that_would_overtake_themselves_is_refused():
     from types import SimpleNamespace
 
@@ -202,6 +212,18 @@ def test_ddp_ends_with_the_weights_of_sync_sgd(tmp_path, condition):
     assert peer.final.top1 == pytest.approx(own.final.top1, abs=0.01)
     if condition != "fast":
         assert all(0 < rank.waited_s < peer.wall_s for rank in peer.ranks)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_a_peers_own_pace_decides_what_fits_into_seconds(tmp_path):
+    command = [sys.executable, str(RUN), "torch_ddp", "--ranks", "2", "--condition", "step=50ms", "--seconds", "5"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "run")], timeout=LIMIT_S, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    record = read_run(tmp_path / "run")
+    assert record.wall_s == pytest.approx(5.0, rel=0.3)
+    assert record.settings["samples"] == pytest.approx(record.samples, abs=64)
+    assert not (tmp_path / "run" / "pace").exists()
 
 
 @pytest.mark.processes

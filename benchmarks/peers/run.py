@@ -6,6 +6,9 @@
     python benchmarks/peers/run.py hivemind_optimizer --help
 
 Emulated links need network namespaces, so root: a peer's traffic cannot be slowed down in user space.
+
+Peers count steps and no time, as what they wait for comes after equally many steps on all ranks. With `--seconds` a
+short run tells this peer's pace first, and the run that counts is as long as fits, like its users would choose it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -28,13 +32,17 @@ from lasgd.errors import ConfigurationError, LasgdError  # noqa: E402
 from lasgd.lab import conditions, network  # noqa: E402
 from lasgd.lab.launch import launch  # noqa: E402
 from lasgd.training.interrupt import raising_interrupts  # noqa: E402
+from lasgd.training.run_folder import read_run  # noqa: E402
 from lasgd.training.settings import Settings  # noqa: E402
 from peers import named  # noqa: E402
 
 RANKS = 4
+PACE_FOLDER = "pace"
+PACE_STEPS = 40
+PACE_SYNCHRONISATIONS = 3
 SHARED = (
-    *("data", "image_size", "workers", "model", "norm", "ranks", "samples", "epochs", "batch_size", "lr", "momentum"),
-    *("weight_decay", "warmup", "seed", "condition", "evaluations", "timeout_s", "start_timeout_s"),
+    *("data", "image_size", "workers", "model", "norm", "ranks", "samples", "epochs", "seconds", "batch_size", "lr"),
+    *("momentum", "weight_decay", "warmup", "seed", "condition", "evaluations", "timeout_s", "start_timeout_s"),
 )
 """The settings of `lasgd train` that a peer has too."""
 
@@ -107,7 +115,35 @@ def run(argv: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # where the ranks find `peers`
     command = ("-m", "lasgd.lab.rank_process", "peers.rank", str(name), json.dumps(options))
     with explaining_surprises(out), raising_interrupts():  # an emulated network is removed in any case
+        if settings.seconds is not None:
+            found = pace(settings, out / PACE_FOLDER, ranks, command, options.get("sync_every", 1))
+            if found is None:
+                return 1
+            settings = within(settings, settings.seconds, found, ranks)
+            print(f"{found:.0f} samples/s, so {settings.samples:,} samples take {given['seconds']} seconds", flush=True)
         return launch(settings, out, None, ranks, command=command)
+
+
+def pace(settings: Settings, out: Path, ranks: int, command: Sequence[str], sync_every: int) -> float | None:
+    """Samples per second of all ranks, from a short run that leaves nothing; None where it failed."""
+    steps = max(PACE_STEPS, PACE_SYNCHRONISATIONS * sync_every)
+    short = settings.model_copy(
+        update={"seconds": None, "samples": steps * ranks * settings.batch_size, "evaluations": 0}
+    )
+    out.mkdir(parents=True)
+    try:
+        if launch(short, out, None, ranks, command=command) != 0:
+            return None
+        record = read_run(out)
+        return record.samples / record.wall_s
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def within(settings: Settings, seconds: float, samples_per_s: float, ranks: int) -> Settings:
+    """The same with as many samples as take `seconds`, and at least one step of every rank."""
+    least = ranks * settings.batch_size
+    return settings.model_copy(update={"seconds": None, "samples": max(least, round(seconds * samples_per_s))})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
