@@ -6,7 +6,7 @@ During the run, means are only saved (`SavedMeans`); rank 0 evaluates them when 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +95,6 @@ def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: ImageData,
@@ -107,23 +106,54 @@ def evaluate(
 
     None instead of figures where `asked_to_stop` became true on the way. Leaves the model in the mode it had.
     """
-    was_training = model.training
-    model.eval()
-    seen, first, five, loss = 0, 0, 0, 0.0
+    found, skipped = evaluate_together([model], data, device, workers, asked_to_stop)
+    return (found[0] if found else None), skipped
+
+
+@torch.no_grad()
+def evaluate_together(
+    models: Sequence[nn.Module],
+    data: ImageData,
+    device: torch.device,
+    workers: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[Final], tuple[str, ...]]:
+    """The same for several models, for which each image is read once; no figures where `asked_to_stop` became true."""
+    modes = [model.training for model in models]
+    tallies = [_Tally() for _ in models]
     try:
+        for model in models:
+            model.eval()
         with validation_batches(data, BATCH, workers) as batches:
             for images, labels in batches:
                 images, labels = images.to(device), labels.to(device)
-                logits = model(images).float()
-                best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                seen += len(labels)
-                first += int(best[:, 0].sum())
-                five += int(best.sum())
-                loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-                if asked_to_stop():
-                    return None, batches.skipped
+                for model, tally in zip(models, tallies, strict=True):
+                    tally.count(model(images).float(), labels)
+                    if asked_to_stop():
+                        return [], batches.skipped
             skipped = batches.skipped
     finally:
-        model.train(was_training)
-    share = 1.0 / seen if seen else math.nan
-    return Final(top1=first * share, top5=five * share, loss=loss * share), skipped
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+    return [tally.final() for tally in tallies], skipped
+
+
+@dataclass
+class _Tally:
+    """What one model has got right so far."""
+
+    seen: int = 0
+    first: int = 0
+    five: int = 0
+    loss: float = 0.0
+
+    def count(self, logits: Tensor, labels: Tensor) -> None:
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.seen += len(labels)
+        self.first += int(best[:, 0].sum())
+        self.five += int(best.sum())
+        self.loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+
+    def final(self) -> Final:
+        share = 1.0 / self.seen if self.seen else math.nan
+        return Final(top1=self.first * share, top5=self.five * share, loss=self.loss * share)

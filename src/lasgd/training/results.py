@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lasgd.pace import Pace
 from lasgd.tally import Tally
 from lasgd.training.data import ImageData
 from lasgd.training.display import Display
-from lasgd.training.evaluation import SavedMeans, evaluate
+from lasgd.training.evaluation import SavedMeans, evaluate, evaluate_together
 from lasgd.training.resume import Progress
 from lasgd.training.run_folder import (
     Final,
@@ -44,6 +45,10 @@ from lasgd.training.run_folder import (
 from lasgd.training.settings import Settings
 from lasgd.training.setup import make_model
 from lasgd.training.timeline import Timeline, write_chrome_trace
+
+MEANS_AT_ONCE = 5
+MEANS_BYTES_AT_ONCE = 64 * 2**20
+"""Saved means are evaluated together, each image being read once for them, up to so many and so many bytes."""
 
 
 class RankReport(BaseModel):
@@ -200,18 +205,29 @@ class Results:
             return None, unreadable
         metrics = self.out / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
-        judge = make_model(self.settings, self.data).to(self.device)
-        for number, mean in enumerate(self.means, start=2):
-            self._say(f"{number} of {total}")
-            judge.load_state_dict(self.layout.state_dict(model, mean.vector.to(self.device)))
-            result, _ = evaluate(judge, self.data, self.device, self.settings.workers, self.asked_to_stop)
-            if result is None:
+        judges = [make_model(self.settings, self.data).to(self.device) for _ in range(self._at_once(total - 1))]
+        means, number = iter(self.means), 2
+        while some := list(islice(means, len(judges))):
+            self._say(f"{number} to {number + len(some) - 1} of {total}" if len(some) > 1 else f"{number} of {total}")
+            number += len(some)
+            for judge, mean in zip(judges, some, strict=False):
+                judge.load_state_dict(self.layout.state_dict(model, mean.vector.to(self.device)))
+            of_some = judges[: len(some)]
+            found, _ = evaluate_together(of_some, self.data, self.device, self.settings.workers, self.asked_to_stop)
+            if not found:
                 break
-            _append(metrics, mean.samples, mean.wall_s, mean.virtual_s, mean.consensus, result)
+            for mean, result in zip(some, found, strict=True):
+                _append(metrics, mean.samples, mean.wall_s, mean.virtual_s, mean.consensus, result)
         else:
             self.means.remove()
         _append(metrics, end_samples, self.before.wall_s + self.wall_s, self.virtual_s, self.consensus, final)
         return final, unreadable
+
+    def _at_once(self, means: int) -> int:
+        """How many of the saved means are evaluated in one pass over the images."""
+        assert self.layout is not None
+        bytes_each = self.layout.size * self.layout.dtype.itemsize
+        return min(means, MEANS_AT_ONCE, max(1, MEANS_BYTES_AT_ONCE // bytes_each))
 
     def _say(self, which: str) -> None:
         if self.display:
