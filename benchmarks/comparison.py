@@ -115,12 +115,12 @@ TUNED_AS = {
     "torch_post_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
     "torchft_local_sgd:sync-every=10": "local_sgd:steps-per-round=10",
     "torchft_diloco:outer-momentum=0.5": "diloco:steps-per-round=10:outer-momentum=0.5",
-    "hivemind_optimizer": "lasgd",
+    "hivemind_optimizer": "local_sgd:steps-per-round=10",
 }
 """Whose learning rate a peer takes, where that entry is in the comparison: the grid in real runs would cost hours.
 
 The first three take the same local steps as the entry. torchft's DiLoCo has fragments and a delay beside, and hivemind
-averages every 20 steps and not as often as it can: for these two it is the nearest that there is.
+averages every 20 steps, one step late: for these two it is the nearest that there is.
 """
 
 

@@ -79,7 +79,8 @@ def _comparison(result: Result) -> list[str]:
         lines += [f"**`{condition}`**, {budget}, {said}", ""]
         lines += ["| | lr | seconds to target | sooner than DDP | samples to target | final top-1 | waits |"]
         lines += ["|---|---|---|---|---|---|---|"]
-        rows = {label: _comparison_row(cell, found, target) for label, cell in found.items()}
+        edges = _at_edge(result["figures"]["grid"], condition, budget)
+        rows = {label: _comparison_row(cell, found, target, edges.get(label, "")) for label, cell in found.items()}
         lines += [rows[label] for label in sorted(rows, key=lambda label: _when(found[label], target))]
         lines.append("")
     if result["bars"]:
@@ -92,7 +93,22 @@ def _when(cell: Cell, target: float | None) -> float:
     return (cell.seconds_to(target) if target is not None else None) or math.inf
 
 
-def _comparison_row(cell: Cell, found: Mapping[str, Cell], target: float | None) -> str:
+def _at_edge(grid: Sequence[Mapping[str, Any]], condition: str, budget: str) -> dict[str, str]:
+    """Of the entries whose chosen learning rate is at an end of the grid, at which: a better one may lie beyond."""
+    tried: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in grid:
+        if (trial["condition"], trial["budget"]) == (condition, budget):
+            tried.setdefault(trial["algorithm"], []).append(trial)
+    found = {}
+    for label, trials in tried.items():
+        rates = sorted(trial["lr"] for trial in trials)
+        chosen = next((trial["lr"] for trial in trials if trial["chosen"]), None)
+        if len(rates) > 1 and chosen in (rates[0], rates[-1]):
+            found[label] = " (lowest tried)" if chosen == rates[0] else " (highest tried)"
+    return found
+
+
+def _comparison_row(cell: Cell, found: Mapping[str, Cell], target: float | None, edge: str) -> str:
     label = cell.runs[0]["algorithm"]
     seconds = [None if target is None else Cell([run]).seconds_to(target) for run in cell.runs]
     samples = [None if target is None else Cell([run]).samples_to(target) for run in cell.runs]
@@ -109,7 +125,7 @@ def _comparison_row(cell: Cell, found: Mapping[str, Cell], target: float | None)
     waits = [run["waited_s"] / run["wall_s"] for run in cell.finished if run["wall_s"]]
     columns = [
         f"`{label}`",
-        ", ".join(sorted({f"{run['lr']:g}" for run in cell.runs})),
+        ", ".join(sorted({f"{run['lr']:g}" for run in cell.runs})) + edge,
         when,
         f"{reference / mean_s:.2f} x" if reference and mean_s else "",
         f"{statistics.fmean(s for s in samples if s is not None):,.0f}" if reached else "",
@@ -142,7 +158,9 @@ def _notes(result: Result) -> list[str]:
 
 
 def _card(card: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {_plain(value)}" for key, value in card["settings"].items() if key != "quick")
+    settings = ", ".join(
+        f"{key} {_plain(value)}" for key, value in card["settings"].items() if key != "quick" and value is not None
+    )
     seeds = ", ".join(map(str, card["seeds"]))
     device = f", {card['device']}" if card.get("device") else ""
     return (
