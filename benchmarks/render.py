@@ -62,7 +62,7 @@ def _verdict(result: Result) -> list[str]:
 def _table(bars: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| what | measured | bar | |", "|---|---|---|---|"]
     for bar in bars:
-        measured = format_value(bar["value"]) + bar["unit"]
+        measured = format_value(bar["value"]) + (bar["unit"] if bar["value"] is not None else "")
         if bar["among"] is not None and bar["among"][0] != bar["among"][1]:
             measured += f" ({format_value(bar['among'][0])} to {format_value(bar['among'][1])})"
         verdict = {True: "holds", False: "**missed**", None: "not measured"}[bar["holds"]]
