@@ -27,13 +27,22 @@ print('on', flush=True)
 time.sleep(60)
 """
 
+ENDING = """
+import signal, time
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+print('on', flush=True)
+time.sleep(30)
+"""
+"""As `lasgd train` at its start: ends at SIGINT, unless it was started with that ignored."""
+
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
 
 
-def interrupt_when_on(log: Path, *, times: int = 1):
-    """A `watch` that interrupts this process, in the main thread, once the child is on; again when it has heard."""
+def interrupt_when_on(log: Path, *, times: int = 1, number: int = signal.SIGINT):
+    """A `watch` that signals this process, in the main thread, once the child is on; again when it has heard."""
     sent = 0
 
     def watch() -> None:
@@ -41,7 +50,7 @@ def interrupt_when_on(log: Path, *, times: int = 1):
         text = log.read_text()
         if "on" in text and sent < times and text.count("heard") == sent:
             sent += 1
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     return watch
 
@@ -73,6 +82,21 @@ def test_ctrl_c_reaches_the_child_which_ends_cleanly(tmp_path):
     with interrupts.caught():
         code = run_child(python(CLEAN), log, interrupts, interrupt_when_on(log))
     assert (code, interrupts.count) == (130, 1)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(40)
+def test_under_nohup_a_termination_still_ends_the_child_cleanly(tmp_path):
+    log, interrupts = tmp_path / "log", Interrupts()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it runs in the background
+    try:
+        with interrupts.caught():
+            watch = interrupt_when_on(log, number=signal.SIGTERM)
+            code = run_child(python(ENDING), log, interrupts, watch)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, interrupts.count) == (-signal.SIGINT, 1)
 
 
 @pytest.mark.processes

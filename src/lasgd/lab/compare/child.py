@@ -85,7 +85,7 @@ def run_child(
     """
     environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     try:
-        with open(log, "wb") as output:
+        with open(log, "wb") as output, _not_deaf_to_interrupts():
             child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -109,6 +109,20 @@ def run_child(
     finally:
         if child.poll() is None:  # an error of ours: nothing goes on unseen
             _end(child, grace_s=5.0)
+
+
+@contextmanager
+def _not_deaf_to_interrupts() -> Iterator[None]:
+    """A child that is started within hears of SIGINT, though this process ignores it, as `nohup ... &` makes it do."""
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not is_ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)  # a handler does not survive the child's exec, SIG_IGN would
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(child: subprocess.Popen[bytes], grace_s: float = 30.0) -> int:
