@@ -18,6 +18,7 @@ from typing import Any
 
 from common import FOLDER, RESULTS, format_value
 from comparison import REFERENCE, Cell, contests, target_of
+from lasgd.lab.compare.results import is_at_edge
 
 PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -103,7 +104,7 @@ def _at_edge(grid: Sequence[Mapping[str, Any]], condition: str, budget: str) -> 
     for label, trials in tried.items():
         rates = sorted(trial["lr"] for trial in trials)
         chosen = next((trial["lr"] for trial in trials if trial["chosen"]), None)
-        if len(rates) > 1 and chosen in (rates[0], rates[-1]):
+        if chosen is not None and is_at_edge(chosen, rates):
             found[label] = " (lowest tried)" if chosen == rates[0] else " (highest tried)"
     return found
 

@@ -84,6 +84,12 @@ def test_gossip_is_held_to_synchronous_sgd_in_points():
     assert bars["fast: parameter_server behind sync_sgd, 0 seeds"].holds is None
 
 
+def test_digits_without_a_run_at_equal_samples_are_not_measured_and_not_passed_over():
+    bars = found_bars("digits", [run("sync_sgd", "fast", budget="30 seconds"), run("ad_psgd", "slow")])
+    assert len(bars) == 3
+    assert all(bar.holds is None for bar in bars.values())
+
+
 def test_twins_are_held_together():
     twins = [run("lasgd", "fast"), run("lasgd (2)", "fast", seconds=10.4), run("sync_sgd", "fast")]
     bars = found_bars("quality", twins)
