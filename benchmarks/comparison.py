@@ -94,7 +94,10 @@ PEERS = (
     "hivemind_optimizer",
 )
 STUDIES = {
-    "digits": Study("digits", EVERY, 20_000, (0, 1, 2), ALL_CONDITIONS),
+    "digits": Study(
+        *("digits", EVERY, 20_000, (0, 1, 2), ALL_CONDITIONS),
+        seconds={"slow": 20.0, "straggler": 20.0, "jitter": 20.0, "both": 20.0},
+    ),
     "cifar10": Study(
         *("cifar10.tar.xz", MAIN, 60_000, (0, 1, 2), ALL_CONDITIONS, PEERS),
         seconds={"slow": 200.0, "straggler": 100.0, "jitter": 60.0, "both": 200.0},
@@ -103,7 +106,11 @@ STUDIES = {
         *("tiny-imagenet-20.tar.xz", "lasgd,sync_sgd,ad_psgd", 40_000, (0,), ("fast", "slow", "straggler", "both")),
         seconds={"slow": 200.0, "straggler": 100.0, "both": 200.0},
     ),
-    "quality": Study("digits", "lasgd,lasgd,sync_sgd,sync_sgd", 20_000, (0, 1, 2), ("fast",), grid=()),
+    "quality": Study(  # twins apart from each other: each runs after the other algorithm
+        *("digits", "lasgd,sync_sgd,lasgd,sync_sgd", 20_000, (0, 1, 2, 3, 4), ("fast",)),
+        grid=(),
+        seconds={"fast": 30.0},
+    ),
 }
 
 
@@ -180,14 +187,14 @@ def stored_runs(results: Mapping[str, Any], folder: Path, card: Mapping[str, Any
         kept = {key: value for key, value in run.items() if key not in ("folder", "took_s")}
         metrics = read_folder(folder / run["folder"]).metrics
         kept["curve"] = [[round(m["wall_s"], 3), m["samples"], m["top1"], m.get("consensus")] for m in metrics]
-        found.append(kept | {"budget": budget, "commit": card["commit"], "date": card["date"]})
+        found.append(kept | {"budget": budget} | {key: card[key] for key in ("commit", "date", "command")})
     return found
 
 
 def merged(earlier: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Earlier runs, but for those that have been made again; none that was cut short, for it says nothing.
 
-    A run that was only found again in its folder keeps the commit and the date at which it was made.
+    A run that was only found again in its folder keeps the commit, the date and the command it was made with.
     """
     by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in [*earlier, *now]:

@@ -83,11 +83,20 @@ def _comparison(result: Result) -> list[str]:
         edges = _at_edge(result["figures"]["grid"], condition, budget)
         rows = {label: _comparison_row(cell, found, target, edges.get(label, "")) for label, cell in found.items()}
         lines += [rows[label] for label in sorted(rows, key=lambda label: _when(found[label], target))]
-        lines.append("")
+        lines += ["", f"Runs of {_made(found)}.", ""]
     if result["bars"]:
         lines += [*_verdict(result), "", *_table(result["bars"]), ""]
-    made = sorted({f"{run['date']} at commit {run['commit']}" for run in runs})
-    return [*lines, *_notes(result), _card(result["card"]), "", f"Runs of {'; '.join(made)}.", ""]
+    return [*lines, *_notes(result), "The latest part: " + _card(result["card"]), ""]
+
+
+def _made(found: Mapping[str, Cell]) -> str:
+    """When and how the runs of one table were made: each in one of the calls named."""
+    runs = [run for cell in found.values() for run in cell.runs]
+    calls = dict.fromkeys((run["date"], run["commit"], run.get("command")) for run in runs)
+    return "; ".join(
+        f"{date} at commit {commit}" + (f", `{command}`" if command else "")
+        for date, commit, command in sorted(calls, key=str)
+    )
 
 
 def _when(cell: Cell, target: float | None) -> float:

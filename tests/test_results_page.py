@@ -177,3 +177,24 @@ def test_one_slow_rank_waiting_or_disturbed_pair_is_a_missed_bar():
     assert bars(steps=95) == ["retention of the slowest held rank"]
     assert bars(waited_s=0.06) == ["waited_s / wall_s, worst rank and run"]
     assert bars(others=120) == ["retention, undisturbed"]
+
+
+def test_a_table_of_several_calls_says_when_and_how_each_was_made():
+    import render
+
+    def run(label, seed, **made):
+        curve = [[1.0, 100, 0.5, None], [2.0, 200, 0.9, None]]
+        common = {"algorithm": label, "condition": "slow", "budget": "9 seconds", "seed": seed, "status": "finished"}
+        return common | {"lr": 0.1, "final_top1": 0.9, "wall_s": 2.0, "waited_s": 0.0, "curve": curve} | made
+
+    first = {"date": "2026-01-01", "commit": "aaa", "command": "python benchmarks/comparison.py x --seeds 0"}
+    second = {"date": "2026-01-02", "commit": "bbb", "command": "python benchmarks/comparison.py x --seeds 1"}
+    figures = {"runs": [run("sync_sgd", 0, **first), run("sync_sgd", 1, **second)], "grid": []}
+    shown = render.render(
+        "<!-- begin: comparison_x -->\n<!-- end: comparison_x -->\n",
+        {"comparison_x": result(figures=figures, benchmark="comparison_x")},
+    )
+    assert (
+        "Runs of 2026-01-01 at commit aaa, `python benchmarks/comparison.py x --seeds 0`; "
+        "2026-01-02 at commit bbb, `python benchmarks/comparison.py x --seeds 1`." in shown
+    )
