@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -121,6 +122,27 @@ def test_a_failed_round_is_raised_where_the_training_thread_waits_for_it(algorit
     for error in run_attached(2, algorithm, loop, network=network, samples=10**6):
         assert isinstance(error, PeerError)
         assert "the link is cut" in str(error)
+
+
+@pytest.mark.parametrize("algorithm", ["local_sgd", "cocod_sgd"])
+def test_the_last_exact_average_comes_after_the_end_and_is_not_waited_for(algorithm):
+    late_s = 0.25
+
+    def loop(r, model, averaging, optimizer):
+        reduce = averaging.group.wait_all_reduce
+
+        def late(*arguments):
+            if averaging.pace.end is not None:
+                time.sleep(late_s)
+            return reduce(*arguments)
+
+        averaging.group.wait_all_reduce = late
+        until_finished(r, model, averaging, optimizer)
+
+    begin_s = time.monotonic()
+    for _, averaging in raise_any(run_attached(2, algorithm, loop, steps_per_round=2)):
+        assert averaging.tally.waited_s < late_s
+    assert time.monotonic() - begin_s > late_s
 
 
 def test_one_rank_that_holds_nan_takes_the_others_average_in_local_sgd():

@@ -304,7 +304,7 @@ class Averaging:
     def _wait_mean(self, request: AllReduceMean) -> Mean | Failure:
         if self._parallel is None or self._late is None:
             self._communicator.ask(request)
-        outcome = self._wait_arrival()
+        outcome = self._wait_arrival(is_after_the_end=request.exact)
         if self._parallel is not None:
             # The mean is there; only what the ranks say of themselves travels. It is said after the update, and heard
             # at the next gradient, so that nobody waits for it. All ranks do so, and hear in the same step what they
@@ -313,12 +313,12 @@ class Averaging:
         self._is_mean = not request.exact
         return outcome
 
-    def _wait_arrival(self) -> Mean | Failure:
+    def _wait_arrival(self, is_after_the_end: bool = False) -> Mean | Failure:
         begin_s = time.monotonic()
         was_there = self._communicator.has_answer
         outcome = self._communicator.wait_answer()
         self._raise_failure()
-        if not was_there:
+        if not was_there and not is_after_the_end:
             self._has_stood_still(begin_s)
         return outcome
 
