@@ -124,7 +124,7 @@ def test_a_failed_round_is_raised_where_the_training_thread_waits_for_it(algorit
         assert "the link is cut" in str(error)
 
 
-@pytest.mark.parametrize("algorithm", ["local_sgd", "cocod_sgd"])
+@pytest.mark.parametrize("algorithm", ["overlap_local_sgd", "cocod_sgd"])
 def test_the_last_exact_average_comes_after_the_end_and_is_not_waited_for(algorithm):
     late_s = 0.25
 
