@@ -16,7 +16,7 @@ import torch
 
 from helpers import LIMIT_S, raise_any, wait_all
 from lasgd.errors import PeerError
-from lasgd.group.base import Group
+from lasgd.group.base import Group, GroupWithPieces
 
 SHORT_S = 0.3
 """For waits that are to end in a time-out."""
@@ -79,6 +79,35 @@ class GroupContract:
         for begin_s, joined_s, arrived_s, end_s in times:
             assert begin_s <= joined_s <= arrived_s <= end_s
         assert min(joined for _, joined, _, _ in times) >= max(begin for begin, _, _, _ in times)
+
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_pieces_go_where_they_are_addressed_and_come_from_everybody(self, world_size):
+        def body(group: Group):
+            assert isinstance(group, GroupWithPieces)
+            header = torch.zeros(world_size, 1, dtype=torch.float64)
+            header[group.rank] = group.rank + 0.5
+            pieces = torch.tensor([[group.rank, k, 7] for k in range(world_size)], dtype=torch.uint8)
+            received, everything = torch.zeros_like(pieces), torch.zeros_like(pieces)
+            begin_s = time.monotonic()
+            joined_s, arrived_s = group.wait_all_to_all(header, pieces, received, LIMIT_S)
+            gathered_s = group.wait_all_gather(received[group.rank], everything, LIMIT_S)
+            assert begin_s <= joined_s <= arrived_s <= gathered_s <= time.monotonic()
+            return header.view(-1).tolist(), received.tolist(), everything.tolist()
+
+        for rank, (header, received, everything) in enumerate(raise_any(self.on_all(world_size, body))):
+            assert header == [r + 0.5 for r in range(world_size)]
+            assert received == [[r, rank, 7] for r in range(world_size)]
+            assert everything == [[r, r, 7] for r in range(world_size)]
+
+    def test_bytes_of_pieces_are_counted_but_for_the_own(self):
+        def body(group: Group):
+            assert isinstance(group, GroupWithPieces)
+            pieces = torch.zeros(3, 100, dtype=torch.uint8)
+            group.wait_all_to_all(torch.zeros(3, 1, dtype=torch.float64), pieces, pieces.clone(), LIMIT_S)
+            group.wait_all_gather(pieces[0], pieces.clone(), LIMIT_S)
+            return group.bytes_sent
+
+        assert raise_any(self.on_all(3, body)) == [2 * 2 * 24 // 3 + 2 * 200] * 3
 
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_a_broadcast_gives_all_the_sources_bytes(self, world_size):

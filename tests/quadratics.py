@@ -23,6 +23,7 @@ from lasgd.tally import Tally
 from lasgd.virtual.cluster import Cluster, Rank
 from lasgd.virtual.network_models import Network
 from lasgd.virtual.process import Moment
+from lasgd.wire import wire as wire_named
 from scripted_driver import Point
 
 Rate = float | Callable[[float], float]
@@ -87,6 +88,7 @@ class Run:
         means: Any = None,
         evaluations: int = 0,
         stop_at_s: float | None = None,
+        wire: str = "fp32",
     ):
         """`steps`: of each rank, were all equally fast. `poison`: (rank, update after which it holds NaN).
 
@@ -124,6 +126,7 @@ class Run:
             means=means,
             exchange=text.exchange,
             messages_over=(network or Network(n, math.inf)) if text.writes_messages else None,
+            wire=wire_named(wire),
         )
         if stop_at_s is not None:
             self.cluster.clock.at(stop_at_s, Moment(lambda moment: self.cluster.stop()))

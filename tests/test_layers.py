@@ -14,7 +14,7 @@ from lasgd.algorithms import registry
 
 ROOT = Path(lasgd.__file__).parent
 
-CORE = {"errors", "layout", "merge", "tally", "fences", "pace", "replica"}
+CORE = {"errors", "layout", "merge", "tally", "fences", "pace", "replica", "wire"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -22,13 +22,14 @@ MAY_IMPORT = {
     "merge": {"errors"},
     "fences": set(),
     "stalls": set(),
+    "wire": {"errors"},
     "layout": {"errors"},
     "pace": {"algorithms.requests", "errors", "tally"},
     "replica": {"algorithms.requests", "errors", "fences", "layout", "merge", "tally"},
     "algorithms": {"algorithms", "pace", "replica", "errors"},
     "group": {"group", "errors"},
     "runtime": {"runtime", "group", "algorithms.registry", "algorithms.requests", *CORE},
-    "virtual": {"virtual", "group.cost", "algorithms.requests", "errors", "pace", "replica", "stalls", "tally"},
+    "virtual": {"virtual", "group.cost", "algorithms.requests", "errors", "pace", "replica", "stalls", "tally", "wire"},
 }
 """By module or package: what it may import of lasgd, each name standing for all that is below it."""
 

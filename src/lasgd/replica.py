@@ -171,6 +171,8 @@ class Replica:
                         self._is_recovering = True
                         self._arrived = list(range(len(self.fragments)))
                 else:
+                    if outcome.is_coded and self._host is not None:
+                        window.sent.copy_(sent.values, non_blocking=True)
                     of_parameters = mean[: window.parameter_end] if window.has_buffers else mean
                     if self._holding[index] is Holding.EMPTY:
                         torch.sub(of_parameters, window.sent_parameters, out=window.residual_parameters)

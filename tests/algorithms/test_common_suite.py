@@ -56,6 +56,13 @@ def test_every_algorithm_ends_at_the_optimum_of_the_mean_with_equal_replicas(nam
     torch.testing.assert_close(ended.x(0), OPTIMUM, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+def test_a_coarse_wire_format_ends_there_too_with_equal_replicas(wire):
+    ended = run("lasgd", wire=wire, round_s=1.7)
+    assert all(torch.equal(ended.x(0), x) for x in ended.xs)
+    torch.testing.assert_close(ended.x(0), OPTIMUM, rtol=0, atol=0.1)
+
+
 def test_independent_ranks_end_each_at_its_own_optimum():
     ended = run("independent")
     torch.testing.assert_close(ended.xs, torch.tensor(TARGETS, dtype=torch.float64), rtol=0, atol=1e-6)

@@ -126,6 +126,18 @@ def test_without_a_supervisor_the_link_is_emulated_by_the_ranks(tmp_path):
     assert re.search(r"link emulation +user space", said)
 
 
+def test_a_coarse_wire_format_sends_fewer_bytes_and_ends_with_equal_replicas(tmp_path):
+    options = ("--samples", "4000", "--fragments", "1", "--condition", "step=10ms", "--workers", "0")
+    sent = {}
+    for wire in ("fp32", "int8"):
+        (tmp_path / wire).mkdir()
+        run(tmp_path / wire, *QUICK, *options, "--wire", wire)
+        record = finished(tmp_path / wire / "run")
+        assert record.replicas_identical is True
+        sent[wire] = record.ranks[0].bytes_sent / record.ranks[0].rounds
+    assert sent["int8"] < 0.35 * sent["fp32"]
+
+
 def test_batch_norm_buffers_are_averaged_too(tmp_path):
     run(tmp_path, *QUICK, "--samples", "4000", "--norm", "batch", "--condition", "step=10ms", "--seed", "3")
     record = finished(tmp_path / "run")

@@ -47,6 +47,12 @@ class FakeGroup:
         self._collective("exchange", topic, timeout_s)
         return [value] * 4
 
+    def wait_all_to_all(self, header, pieces, received, timeout_s):
+        return self._collective("all_to_all", timeout_s)
+
+    def wait_all_gather(self, piece, received, timeout_s):
+        return self._collective("all_gather", timeout_s)[1]
+
     def leave(self, reason=None):
         self.calls.append(("leave", reason))
 
@@ -216,3 +222,33 @@ def test_costs_refuse_no_ranks_and_no_bandwidth(cost):
         cost(1, 0, 0.0, 1.0)
     with pytest.raises(ValueError, match="bandwidth"):
         cost(1, 2, 0.0, 0.0)
+
+
+# Pieces
+
+
+def seconds_of_pieces(group, clock, n_bytes, timeout_s=TIMEOUT_S) -> float:
+    pieces, begun_s = torch.zeros(4, n_bytes // 4, dtype=torch.uint8), clock()
+    group.wait_all_to_all(HEADER.clone(), pieces, pieces.clone(), timeout_s)
+    group.wait_all_gather(pieces[0], pieces.clone(), timeout_s)
+    return clock() - begun_s
+
+
+def test_pieces_there_and_back_take_what_an_all_reduce_of_as_many_bytes_takes():
+    group, _, clock = padded(bandwidth_bytes_per_s=1000.0, latency_s=0.01)
+    assert seconds_of_pieces(group, clock, 4000) == pytest.approx(6 * 0.01 + 1.5 * 4192 / 1000)
+    group, _, clock = padded(round_s=1.0)
+    assert seconds_of_pieces(group, clock, 1000) == pytest.approx(0.25)  # of 4,000 bytes
+    group, _, clock = padded(join_s=5.0, round_s=1.0)
+    assert seconds_of_pieces(group, clock, 4000) == pytest.approx(5.0 + 0.5 + 5.0)
+
+
+def test_real_pieces_that_take_longer_are_not_padded():
+    group, _, clock = padded(inner_s=2.5, round_s=1.0)
+    assert seconds_of_pieces(group, clock, 4000) == 5.0
+
+
+def test_pieces_that_outlast_their_time_out_are_a_clear_error():
+    group, _, clock = padded(bandwidth_bytes_per_s=1000.0)
+    with pytest.raises(PeerError, match=r"all-to-all of 0\.004 MB not finished after 1\.0 s on the emulated link"):
+        seconds_of_pieces(group, clock, 4000, timeout_s=1.0)

@@ -133,7 +133,7 @@ def test_without_a_model_the_bytes_of_uncut_rounds_tell_its_length(folder):
     path = folder.write(with_model=False, fragments=1, settings={"fragments": 1})
     assert read_measured(path).vector.elements == pytest.approx(ELEMENTS, abs=1)
     path = folder.write(with_model=False)
-    with pytest.raises(ConfigurationError, match=r"model\.safetensors does not exist.*cut or never sent"):
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors does not exist.*cut, coded or never sent"):
         read_measured(path)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasgd.algorithms import registry
+from lasgd.errors import ConfigurationError
 from lasgd.lab.conditions import parse
 from lasgd.lab.simulation import Plan, Simulated, simulated
 from lasgd.lab.virtual_conditions import from_condition
@@ -44,6 +45,26 @@ def test_every_algorithm_runs_to_its_budget(algorithm):
     assert outcome.samples >= 4 * 60
     assert min(steps_of(outcome)) >= 60
     assert outcome.virtual_s >= 6.0 - 1e-9
+
+
+def test_a_coarse_wire_format_sends_and_waits_for_as_many_bytes_as_its_codes_have():
+    def of_a_round(wire):
+        outcome = simulated(plan(wire=wire, fragments=1, network=Network(4, 1e5), steps=200))
+        rank = outcome.ranks[0]
+        header = 4 * len(Column) * 8
+        return rank.bytes_sent / outcome.rounds / 1.5 - header, outcome.virtual_s / outcome.rounds
+
+    (fp32, slow_s), (bf16, _), (int8, quick_s) = map(of_a_round, ("fp32", "bf16", "int8"))
+    assert fp32 == pytest.approx(40_000, rel=0.1)  # the last average is exact, whatever the format
+    assert bf16 == pytest.approx(4 * 2560 * 2, rel=0.1)  # four pieces, of ten blocks each
+    assert int8 == pytest.approx(4 * 2560 * 260 / 256, rel=0.1)
+    assert quick_s == pytest.approx(1.5 * (int8 + 4 * len(Column) * 8) / 1e5, rel=0.1)
+    assert slow_s > 3 * quick_s
+
+
+def test_an_algorithm_that_would_lose_what_is_rounded_off_takes_no_wire_format():
+    with pytest.raises(ConfigurationError, match="wire format int8: sync_sgd"):
+        simulated(plan("sync_sgd", wire="int8"))
 
 
 def test_without_communication_ranks_keep_their_own_pace_to_the_last():

@@ -49,6 +49,8 @@ def attach_all(models, **options):
         ("algorithm", None, "algorithm None is not known"),
         ("merge", "ful", "Did you mean 'full'"),
         ("merge", ["full"], "merge rule .* is not known"),
+        ("wire", "int7", "Did you mean 'int8'"),
+        ("wire", None, "wire format None is not known"),
         ("must_match", {("a", 1): 2}, "names of settings as keys"),
     ],
 )
@@ -180,3 +182,9 @@ def test_a_rank_that_never_comes_is_a_peer_error():
             group=network.group(0),
         )
     assert "PeerError" in network.reasons[0]  # and whoever comes late is told
+
+
+def test_a_wire_format_is_refused_where_what_it_rounds_off_would_be_lost():
+    model = small_model()
+    with pytest.raises(ConfigurationError, match=r"local_sgd would lose .* It is for lasgd"):
+        alone(model, torch.optim.SGD(model.parameters(), lr=0.1), wire="int8", algorithm="local_sgd")

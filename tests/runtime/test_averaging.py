@@ -359,6 +359,48 @@ def test_on_any_schedule_of_real_threads_no_step_is_lost_or_counted_twice(fragme
     assert (models[0].x - expected).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_what_a_wire_format_rounds_off_is_in_the_last_exact_average(wire, fragments, hasty_switches):
+    n, steps, size = 3, 60, 999
+    network = Network(n, deliver_at_once=True)
+    models = [Point(torch.zeros(size), torch.float64) for _ in range(n)]
+    pushes = [torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    options = {"lr": 1.0, "fragments": fragments, "steps_per_round": 1e-9, "wire": wire}
+    attached = raise_any(wait_all([lambda r=r: attach(models[r], network.group(r), **options) for r in range(n)]))
+
+    def rank(r):
+        averaging, optimizer = attached[r]
+        with averaging:
+            while averaging.tally.local_steps < steps or not averaging.tally.staleness.merges:
+                models[r].x.grad = -pushes[r]
+                optimizer.step()
+        return averaging
+
+    ended = raise_any(wait_all([lambda r=r: rank(r) for r in range(n)]))
+    assert all(torch.equal(m.x, models[0].x) for m in models)
+    expected = sum(push * a.tally.local_steps for push, a in zip(pushes, ended, strict=True)) / n
+    torch.testing.assert_close(models[0].x.detach(), expected, rtol=0, atol=1e-8)
+
+
+def test_a_resumed_rank_reckons_from_the_same_latest_mean_as_the_others():
+    def attached_pair(wire):
+        network = Network(2, deliver_at_once=True)
+        models = [Point([0.0] * 300) for _ in range(2)]
+        made = wait_all([lambda r=r: attach(models[r], network.group(r), wire=wire) for r in range(2)])
+        return models, [averaging for averaging, _ in raise_any(made)]
+
+    _, before = attached_pair("int8")
+    for rank, averaging in enumerate(before):
+        averaging._coded.load(torch.full((300,), 1.0 + rank))  # stored at different moments, so of different rounds
+    states = [averaging.state_dict() for averaging in before]
+    _, after = attached_pair("int8")
+    raise_any(wait_all([lambda r=r: after[r].load_state_dict(states[r]) for r in range(2)]))
+    for averaging in (*before, *after):
+        averaging.close("test over")
+    assert [averaging._coded.latest.unique().tolist() for averaging in after] == [[1.0], [1.0]]
+
+
 # Closing
 
 

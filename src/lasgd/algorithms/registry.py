@@ -51,6 +51,8 @@ class Algorithm:
     """All replicas are equal, bit for bit, at the agreed end."""
     takes_fragments: bool = False
     """The vector may be cut; else it is averaged whole."""
+    takes_wire: bool = False
+    """Averages may travel in a coarse wire format: what is rounded off stays in the residual."""
     lets_ranks_leave: bool = True
     """A rank may take fewer local steps than the others and still end with them."""
     goes_on_without_steps: bool = True
@@ -59,6 +61,15 @@ class Algorithm:
     """Every local step waits for the mean of all gradients, which a driver may also form during the backward pass."""
     writes_messages: bool = False
     """Ranks write to each other; all-reduces carry the header, and the exact average at the end."""
+
+    def check_wire(self, wire: str) -> None:
+        """Raises ConfigurationError where its averages cannot travel in that wire format."""
+        if wire != "fp32" and not self.takes_wire:
+            takers = ", ".join(algorithm.name for algorithm in _ALGORITHMS.values() if algorithm.takes_wire)
+            raise ConfigurationError(
+                f"wire format {wire}: {self.name} would lose for good what it rounds off. It is for {takers}; "
+                "leave it out, or give it to that entry alone"
+            )
 
     @property
     def is_synchronous(self) -> bool:
@@ -82,7 +93,14 @@ def _gossip(module: Any, *, exchanges: bool) -> Algorithm:
 _ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm("lasgd", lasgd.compute, lasgd.communicate, takes_fragments=True, goes_on_without_steps=False),
+        Algorithm(
+            "lasgd",
+            lasgd.compute,
+            lasgd.communicate,
+            takes_fragments=True,
+            takes_wire=True,
+            goes_on_without_steps=False,
+        ),
         Algorithm("local_sgd", local_sgd.compute, None),
         Algorithm(
             "sync_sgd",

@@ -39,7 +39,7 @@ class NextRound:
 class Contribution:
     """What one rank brings into a round: `values`, to count with `weight`. Zeros where the weight is 0."""
 
-    values: Tensor  # (d,) flat, owned by the replica, valid until its next snapshot
+    values: Tensor  # (d,) flat, CPU, owned by the replica, valid until its next snapshot; see Mean.is_coded
     weight: float
     begin: int = 0  # where in the whole vector the values lie
     is_gradient: bool = False  # else a replica, or a part of one
@@ -75,6 +75,8 @@ class Mean:
 
     values: Tensor | None  # (d,) flat, owned by the driver, valid until the next request; None where all weights were 0
     header: Tensor | None = None  # (world_size, columns) float64, every row filled
+    is_coded: bool = False
+    """It has travelled in a wire format, and the contribution's `values` now hold what of them has counted."""
 
 
 class Box(IntEnum):

@@ -112,7 +112,7 @@ def check(settings: Settings, world_size: int) -> None:
     from lasgd import merge
     from lasgd.algorithms import registry
 
-    registry.find(settings.algorithm, settings.algorithm_settings())
+    registry.find(settings.algorithm, settings.algorithm_settings()).check_wire(settings.wire)
     merge.rule(settings.merge)
 
 

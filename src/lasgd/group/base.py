@@ -69,6 +69,28 @@ class Group(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupWithPieces(Group, Protocol):
+    """A group that moves pieces of a vector without adding them up, as averages in a wire format ask for."""
+
+    def wait_all_to_all(
+        self, header: Tensor, pieces: Tensor, received: Tensor, timeout_s: float
+    ) -> tuple[float, float]:
+        """Sends row k of `pieces` (n, bytes) to the k-th member, and fills row j of `received` with what the j-th sent.
+
+        CPU tensors of uint8. The header travels at the same time and becomes its sum, as in `wait_all_reduce`, whose
+        times these are. Raises PeerError.
+        """
+        ...
+
+    def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
+        """Fills row j of `received` (n, bytes) with the j-th member's `piece` (bytes,), the own one included.
+
+        Returns when it was complete here, in seconds of time.monotonic(). Raises PeerError.
+        """
+        ...
+
+
 class Lane(Protocol):
     """A second way to the same members, with an order of its own: for all-reduces beside the communicator's.
 

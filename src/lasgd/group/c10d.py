@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import ConfigurationError, PeerError
-from lasgd.group.cost import ring_bytes_sent
+from lasgd.group.cost import pieces_bytes_sent, ring_bytes_sent
 from lasgd.group.gloo import LOOK_S, GlooConnections, first_line, megabytes
 from lasgd.group.lane import GlooLane
 from lasgd.group.notices import ANSWER_S, Notices, ranks_in_words, wait_answer
@@ -204,6 +204,41 @@ class C10dGroup:
         times = self._guarded(both, f"all-reduce of {what}", timeout_s)
         self._bytes_sent += ring_bytes_sent(vector.nbytes + header.nbytes, self.world_size)
         return times
+
+    def wait_all_to_all(
+        self, header: Tensor, pieces: Tensor, received: Tensor, timeout_s: float
+    ) -> tuple[float, float]:
+        """See GroupWithPieces."""
+        of_header, of_pieces = dist.AllreduceOptions(), dist.AllToAllOptions()
+        of_header.timeout = of_pieces.timeout = timedelta(seconds=timeout_s)
+
+        def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
+            reduced = gloo.allreduce([header], of_header)  # pyright: ignore[reportAttributeAccessIssue]
+            exchanged = gloo.alltoall_base(received.view(-1), pieces.view(-1), [], [], of_pieces)
+            del gloo  # see GlooConnections: the last reference must not die here
+            self._wait_done(reduced)
+            joined_s = time.monotonic()
+            self._wait_done(exchanged)
+            return joined_s, time.monotonic()
+
+        times = self._guarded(both, f"all-to-all of {megabytes(pieces)}", timeout_s)
+        self._bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces)
+        return times
+
+    def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
+        """See GroupWithPieces."""
+        options = dist.distributed_c10d.AllgatherOptions()
+        options.timeout = timedelta(seconds=timeout_s)
+
+        def gathered(gloo: dist.ProcessGroupGloo) -> float:
+            pending = gloo._allgather_base(received.view(-1), piece, options)
+            del gloo  # as above
+            self._wait_done(pending)
+            return time.monotonic()
+
+        arrived_s = self._guarded(gathered, f"all-gather of {megabytes(received)}", timeout_s)
+        self._bytes_sent += pieces_bytes_sent(received)
+        return arrived_s
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
         """See Group."""

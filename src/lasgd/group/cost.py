@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 def ring_all_reduce_s(n_bytes: float, world_size: int, latency_s: float, bandwidth_bytes_per_s: float) -> float:
     """Seconds for a ring all-reduce of `n_bytes` over `world_size` equal links.
@@ -75,3 +77,17 @@ def _check(world_size: int, bandwidth_bytes_per_s: float) -> None:
 def ring_bytes_sent(n_bytes: int, world_size: int) -> int:
     """Bytes that each rank sends in a ring all-reduce of `n_bytes`: 2 (n-1)/n of them (source as above)."""
     return 2 * (world_size - 1) * n_bytes // world_size
+
+
+def pieces_bytes_sent(pieces: Tensor) -> int:
+    """Bytes that each rank sends in an all-to-all or an all-gather of `pieces` (n, bytes): all rows but its own."""
+    return pieces.nbytes - pieces[0].nbytes
+
+
+def pieces_s(n_bytes: float, world_size: int, latency_s: float, bandwidth_bytes_per_s: float) -> float:
+    """Seconds for an all-to-all or an all-gather over equal links, where `n_bytes` are all pieces of one rank.
+
+    n-1 messages of n_bytes/n each leave and reach every rank; with the latency of each, as half of a ring all-reduce.
+    Raises ValueError if world_size < 1 or bandwidth is not positive.
+    """
+    return ring_all_reduce_s(n_bytes, world_size, latency_s, bandwidth_bytes_per_s) / 2

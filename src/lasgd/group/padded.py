@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasgd.errors import PeerError
-from lasgd.group.base import Group, GroupWithLane, GroupWithMail, Lane
-from lasgd.group.cost import broadcast_s, ring_all_reduce_s
+from lasgd.group.base import Group, GroupWithLane, GroupWithMail, GroupWithPieces, Lane
+from lasgd.group.cost import broadcast_s, pieces_s, ring_all_reduce_s
 from lasgd.group.padded_mail import PaddedMail
 
 
@@ -50,6 +50,20 @@ class EmulatedLink:
         if self.bandwidth_bytes_per_s is not None:
             n_bytes = header_bytes + part_bytes
             link_s = ring_all_reduce_s(n_bytes, members, self.latency_s, self.bandwidth_bytes_per_s)
+            seconds = max(seconds, link_s)
+        return seconds
+
+    def pieces_s(self, n_bytes: int, header_bytes: int, members: int) -> float:
+        """Seconds of one all-to-all or all-gather whose pieces are `n_bytes` together, with its header.
+
+        Where the links are only known by how long an all-reduce takes: half of one of as many bytes.
+        """
+        seconds = 0.0
+        if self.round_s is not None:
+            seconds = self.round_s * n_bytes / self.vector_bytes / 2
+        if self.bandwidth_bytes_per_s is not None:
+            link_s = pieces_s(n_bytes, members, self.latency_s, self.bandwidth_bytes_per_s)
+            link_s += ring_all_reduce_s(header_bytes, members, 0.0, self.bandwidth_bytes_per_s)
             seconds = max(seconds, link_s)
         return seconds
 
@@ -154,6 +168,33 @@ class PaddedGroup:
         link.wait_paid(end_s, deadline_s, timeout_s, "all-reduce", vector.nbytes, self._group)
         return joined_s, link.clock()
 
+    def wait_all_to_all(
+        self, header: Tensor, pieces: Tensor, received: Tensor, timeout_s: float
+    ) -> tuple[float, float]:
+        """As the wrapped group's, but ends later. PeerError if that does not fit into `timeout_s`."""
+        link = self._link
+        deadline_s = link.clock() + timeout_s
+        joined_s, arrived_s = self._with_pieces().wait_all_to_all(header, pieces, received, timeout_s)
+        end_s = joined_s + link.pieces_s(pieces.nbytes, header.nbytes, len(self._group.members))
+        if end_s <= arrived_s:
+            return joined_s, arrived_s
+        link.wait_paid(end_s, deadline_s, timeout_s, "all-to-all", pieces.nbytes, self._group)
+        return joined_s, link.clock()
+
+    def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
+        """As the wrapped group's, but ends later. PeerError if that does not fit into `timeout_s`.
+
+        It follows an all-to-all at whose end all members are, so it begins for all when it begins here.
+        """
+        link = self._link
+        begin_s = link.clock()
+        arrived_s = self._with_pieces().wait_all_gather(piece, received, timeout_s)
+        end_s = begin_s + link.pieces_s(received.nbytes, 0, len(self._group.members))
+        if end_s <= arrived_s:
+            return arrived_s
+        link.wait_paid(end_s, begin_s + timeout_s, timeout_s, "all-gather", received.nbytes, self._group)
+        return link.clock()
+
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
         """As the wrapped group's, but ends later. PeerError if that does not fit into `timeout_s`."""
         link = self._link
@@ -182,6 +223,11 @@ class PaddedGroup:
     def leave(self, reason: str | None = None) -> None:
         """Leaves at once; may be called twice."""
         self._group.leave(reason)
+
+    def _with_pieces(self) -> GroupWithPieces:
+        if not isinstance(self._group, GroupWithPieces):
+            raise TypeError(f"{type(self._group).__name__} moves no pieces")
+        return self._group
 
     def _all_reduce_s(self, header: Tensor, vector: Tensor) -> float:
         return self._link.all_reduce_s(vector.nbytes, header.nbytes, len(self._group.members))

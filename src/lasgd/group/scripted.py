@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lasgd.errors import PeerError
 from lasgd.group.base import Letter
-from lasgd.group.cost import ring_bytes_sent
+from lasgd.group.cost import pieces_bytes_sent, ring_bytes_sent
 
 
 class Network:
@@ -168,6 +168,38 @@ class ScriptedGroup:
         self.bytes_sent += ring_bytes_sent(vector.nbytes + header.nbytes, self.world_size)
         now_s = time.monotonic()
         return now_s, now_s
+
+    def wait_all_to_all(
+        self, header: Tensor, pieces: Tensor, received: Tensor, timeout_s: float
+    ) -> tuple[float, float]:
+        """See GroupWithPieces."""
+
+        def exchanged(values: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+            return sum_in_order([h for h, _ in values.values()]), torch.stack([p for _, p in values.values()])
+
+        what = f"all-to-all of {pieces.numel()} bytes"
+        total, rows = self._network._wait_collective(
+            self.rank, what, exchanged, (header.clone(), pieces.clone()), timeout_s
+        )
+        header.copy_(total)
+        received.copy_(rows[:, self.rank])
+        self.bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces)
+        now_s = time.monotonic()
+        return now_s, now_s
+
+    def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
+        """See GroupWithPieces."""
+        received.copy_(
+            self._network._wait_collective(
+                self.rank,
+                f"all-gather of {received.numel()} bytes",
+                lambda values: torch.stack(list(values.values())),
+                piece.clone(),
+                timeout_s,
+            )
+        )
+        self.bytes_sent += pieces_bytes_sent(received)
+        return time.monotonic()
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:
         """See Group."""

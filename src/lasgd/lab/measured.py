@@ -32,6 +32,8 @@ from lasgd.virtual.compute_models import ComputeModel, Trace
 from lasgd.virtual.network_models import Network
 from lasgd.virtual.step_times import read_step_times
 from lasgd.virtual.timing_replica import Vector
+from lasgd.wire import Wire, piece_bytes
+from lasgd.wire import wire as wire_named
 
 _KEPT_STEPS = 2000
 """The latest of each rank."""
@@ -158,10 +160,11 @@ def _vector(run_folder: Path, run: RunRecord) -> tuple[Vector, str]:
     if path.exists():
         return _vector_of(path), "the floating-point tensors of model.safetensors"
     rounds, sent = run.ranks[0].rounds if run.ranks else 0, run.ranks[0].bytes_sent if run.ranks else 0
-    if not rounds or not sent or run.fragments != 1 or run.settings.get("fragments") == "auto":
+    is_cut = run.fragments != 1 or run.settings.get("fragments") == "auto"
+    if not rounds or not sent or is_cut or _wire(run) is not None:
         raise ConfigurationError(
             f"{path} does not exist, and the bytes that the run has sent do not tell how long its vector is, because "
-            "it was cut or never sent."
+            "it was cut, coded or never sent."
         )
     n_bytes = sent / rounds / ring_bytes_sent(10**9, run.world_size) * 10**9 - _header_bytes(run.world_size)
     return Vector(max(1, round(n_bytes / 4))), "from the bytes sent in each round"
@@ -211,6 +214,16 @@ def _network(
     return network, source
 
 
+def _wire(run: RunRecord) -> Wire | None:
+    return wire_named(run.settings.get("wire", "fp32"))
+
+
+def _travelling_bytes(run: RunRecord, vector: Vector, fragments: int) -> float:
+    """Of one of so many fragments, in the run's wire format."""
+    wire, n = _wire(run), run.world_size
+    return vector.nbytes / fragments if wire is None else n * piece_bytes(wire, vector.elements // fragments, n)
+
+
 def _estimated(
     run_folder: Path, run: RunRecord, events: Sequence[dict[str, Any]], vector: Vector, ranks: int
 ) -> tuple[Network, str]:
@@ -224,11 +237,11 @@ def _estimated(
             f"--compute trace={run_folder / 'timeline.json.gz'}"
         )
     fragments = run.fragments or 1
-    n_bytes = vector.nbytes / fragments + _header_bytes(n)
+    n_bytes = _travelling_bytes(run, vector, fragments) + _header_bytes(n)
     # The run's last rounds are cut as it says; the first one is slower, for it waits for all ranks to have started.
     late_s = statistics.median(rounds[-max(fragments, len(rounds) // 2) :])
     messages = 2 * (n - 1)
-    whole_bytes = vector.nbytes + _header_bytes(n)
+    whole_bytes = _travelling_bytes(run, vector, 1) + _header_bytes(n)
     early = rounds[1 : Delay.LEAST_ROUNDS]
     if fragments > 1 and run.settings.get("fragments") == "auto" and len(rounds) > Delay.LEAST_ROUNDS + fragments:
         s_per_byte = (min(early) - late_s) / (whole_bytes - n_bytes)

@@ -21,6 +21,7 @@ from lasgd.virtual.cluster import Cluster, Means, Rank, Record, Work
 from lasgd.virtual.compute_models import ComputeModel
 from lasgd.virtual.network_models import Network
 from lasgd.virtual.timing_replica import TimingReplica, Vector
+from lasgd.wire import wire as wire_named
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Plan:
     evaluations: int = 0
     seconds: float | None = None
     """Budget in virtual time, instead of samples."""
+    wire: str = "fp32"
+    """How the averages travel."""
     all_reduce: str = "ring"
     """How the network all-reduces: one of network_models.METHODS."""
 
@@ -115,6 +118,7 @@ def cluster_of(
         Rank(replica, plan.compute.durations(rank), works[rank] if works else None)
         for rank, replica in enumerate(replicas)
     ]
+    algorithm.check_wire(plan.wire)
     cluster = Cluster(
         algorithm.compute,
         algorithm.communicate,
@@ -128,6 +132,7 @@ def cluster_of(
         Buckets(),
         algorithm.exchange,
         plan.network if algorithm.writes_messages else None,
+        wire_named(plan.wire),
     )
     return cluster, paces
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
-from lasgd.group.base import Group, GroupWithLane, GroupWithMail, Lane, Mail
+from lasgd.group.base import Group, GroupWithLane, GroupWithMail, GroupWithPieces, Lane, Mail
 from lasgd.layout import Layout, check_no_element_twice, described, memory_key
 from lasgd.merge import rule as merge_rule
 from lasgd.pace import Pace
@@ -24,6 +24,7 @@ from lasgd.runtime.broadcast import wait_broadcast
 from lasgd.runtime.hooks import check_optimizers
 from lasgd.runtime.parallel import MeanGradients
 from lasgd.tally import Tally
+from lasgd.wire import wire as wire_named
 
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
 """Thirty days: far beyond it the system's clocks overflow."""
@@ -38,6 +39,7 @@ def attach(
     batch_size: int,
     algorithm: str = "lasgd",
     merge: str = "full",
+    wire: str = "fp32",
     fragments: int | Literal["auto"] = "auto",
     steps_per_round: float = 1.0,
     evaluations: int = 0,
@@ -69,6 +71,7 @@ def attach(
     batch_size       samples of one local step of this rank (of all micro-batches, with gradient accumulation)
     algorithm        "lasgd", or another of docs/algorithms.md; "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
+    wire             how averages of "lasgd" travel: fp32, bf16 or int8, see lasgd.wire
     fragments        parts of the vector, one per round, for "lasgd"; "auto": as the network's delay asks, 1 to 20
     steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s; the H of others
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
@@ -102,6 +105,8 @@ def attach(
         raise ConfigurationError(
             f"ddp=True is for algorithms that average gradients, and {algorithm} averages replicas; leave it out"
         )
+    wire_format = wire_named(wire)
+    found.check_wire(wire)
     tally = Tally(batch_size)
     cut = fragments if found.takes_fragments else 1
     kind = MeanGradients if ddp else Replica
@@ -122,6 +127,7 @@ def attach(
         "seconds": seconds,
         "algorithm": algorithm,
         "merge": merge,
+        "wire": wire,
         "fragments": fragments,
         "steps_per_round": steps_per_round,
         "evaluations": evaluations,
@@ -136,6 +142,10 @@ def attach(
         wait_equal_settings(group, settings, start_timeout_s)
         wait_equal_models(group, replica.layout.describe() + _describe_others(model, replica.layout), start_timeout_s)
         wait_broadcast(group, unique_state(model).values(), start_timeout_s)
+        if wire_format is not None and not isinstance(group, GroupWithPieces):
+            raise ConfigurationError(
+                f"wire={wire!r} needs a group that moves pieces (lasgd.group.base), not {type(group).__name__}"
+            )
         lane = _wait_lane(group, start_timeout_s) if ddp else None
         mail = _wait_mail(group, algorithm, start_timeout_s) if found.writes_messages else None
         return Averaging(
@@ -150,6 +160,7 @@ def attach(
             start_timeout_s=start_timeout_s,
             lane=lane,
             mail=mail,
+            wire=wire_format,
         )
     except BaseException as error:
         if mail is not None:

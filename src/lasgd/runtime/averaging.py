@@ -45,6 +45,7 @@ from lasgd.runtime.means import KeptMean, MeanKeeper
 from lasgd.runtime.parallel import ParallelModel
 from lasgd.runtime.phase import Phase, PhaseTable
 from lasgd.runtime.postbox import LOOK_S, Postbox
+from lasgd.wire import CodedMean, Wire
 
 STATE_VERSION = 1
 
@@ -72,6 +73,7 @@ class Averaging:
         start_timeout_s: float,
         lane: Lane | None = None,
         mail: Mail | None = None,
+        wire: Wire | None = None,
     ):
         self.pace = pace
         """What the ranks agree on. Read only."""
@@ -88,6 +90,10 @@ class Averaging:
         if keep_mean:
             self._means.keep()
         self._recorders: list[Record] = []
+        self._coded: CodedMean | None = None
+        if wire is not None:
+            position = group.members.index(group.rank)
+            self._coded = CodedMean(wire, position, len(group.members), replica.parameters())
         self._communicator = Communicator(
             algorithm.communicate(replica, pace) if algorithm.communicate else None,
             group,
@@ -100,6 +106,7 @@ class Averaging:
             self._record,
             lane,
             serves_after=algorithm.writes_messages,
+            coded=self._coded,
         )
         self._mail, self._postbox, self._exchanger = mail, None, None
         if mail is not None:
@@ -513,6 +520,7 @@ class Averaging:
         Every rank stores its own: replicas differ. The tensor is a copy.
         """
         residual = self.replica.wait_residual(self._timeout_s)
+        latest = {} if self._coded is None else {"latest_mean": self._coded.latest.clone()}
         return {
             "version": STATE_VERSION,
             "rank": self.rank,
@@ -526,6 +534,7 @@ class Averaging:
             "evaluation": self.pace.evaluation,
             "layout": self.replica.layout.digest(),
             "residual": residual,
+            **latest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -548,6 +557,11 @@ class Averaging:
                     f"here it is {now!r}"
                 )
         self.replica.load_residual(state["residual"])
+        if self._coded is not None and "latest_mean" in state:
+            # Rank 0's on all ranks: each has stored its own at a moment of its own, between other rounds.
+            latest = state["latest_mean"].clone()
+            wait_broadcast(self.group, [latest], self._start_timeout_s)
+            self._coded.load(latest)
         elapsed_s = state.get("elapsed_s", 0.0)
         self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"], elapsed_s)
         self._replicas_delivered = state["evaluation"]

@@ -11,13 +11,25 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
-from lasgd.algorithms.requests import AllReduceMean, Answer, Failure, Mean, NextRound, Request, Stop
+from torch import Tensor
+
+from lasgd.algorithms.requests import (
+    AllReduceMean,
+    Answer,
+    Contribution,
+    Failure,
+    Mean,
+    NextRound,
+    Request,
+    Stop,
+)
 from lasgd.errors import ConfigurationError, DivergenceError, LasgdError, PeerError, ProtocolError
-from lasgd.group.base import Group, Lane
+from lasgd.group.base import Group, GroupWithPieces, Lane
 from lasgd.pace import Column, End, Pace
 from lasgd.replica import Replica
 from lasgd.runtime.means import MeanKeeper
 from lasgd.runtime.phase import PhaseTable
+from lasgd.wire import CodedMean
 
 Record = Callable[[str, float, float], None]
 """(kind, begin_s, end_s), both of time.monotonic()."""
@@ -43,8 +55,12 @@ class Communicator(threading.Thread):
         record: Record,
         lane: Lane | None = None,
         serves_after: bool = False,
+        coded: CodedMean | None = None,
     ):
-        """`serves_after`: when the algorithm's part has ended, the training thread still has something to ask for."""
+        """`serves_after`: when the algorithm's part has ended, the training thread still has something to ask for.
+
+        `coded`: means travel in its wire format, but for those that are asked for exactly.
+        """
         super().__init__(name=f"lasgd-communicator-{group.rank}", daemon=True)
         self.failure: LasgdError | None = None
         self.ended = threading.Event()
@@ -58,7 +74,7 @@ class Communicator(threading.Thread):
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._has_begun = False
         self._is_awake = False
-        self._lane, self._serves_after = lane, serves_after
+        self._lane, self._serves_after, self._coded = lane, serves_after, coded
         self._failing = threading.Lock()
         self._asked: queue.SimpleQueue[tuple[AllReduceMean, bool] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Mean | Failure] = queue.SimpleQueue()
@@ -196,9 +212,6 @@ class Communicator(threading.Thread):
                 f"{self.where()}: a parameter that was frozen when lasgd.attach was called is trainable now, and "
                 "would not be averaged. End this averaging and attach anew after unfreezing"
             )
-        vector = self._vector(sent.values.numel()).copy_(sent.values)
-        if sent.weight != 1.0:
-            vector.mul_(sent.weight)
         header = self._pace.header(
             self._group.rank,
             replica.tally,
@@ -211,24 +224,48 @@ class Communicator(threading.Thread):
         is_first = self._arrived_s is None
         try:
             timeout_s = self._start_timeout_s if is_first else self._timeout_s
-            _, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
+            mean, arrived_s = self._wait_mean(request, header, timeout_s)
         except PeerError as error:
             self.fail(PeerError(f"{self.where()}: {error}"))
             return Failure(error)
-        if self._lane is None and vector.numel():  # else the rounds are the lane's, or there is nothing but the header
+        n = sent.values.numel()
+        if self._lane is None and n:  # else the rounds are the lane's, or there is nothing but the header
             self._record("round", begin_s, arrived_s)
         # From when it was due, where a pace was kept: what it takes to wake up and to make the snapshot is part of a
         # round, or rounds would come later than agreed by just that.
         self._arrived_s, self._round_s = arrived_s, arrived_s - (self._due_s or begin_s)
         self._due_s = None
         self._round_parts = len(replica.fragments)
-        weight = float(header.numpy()[:, Column.WEIGHT].sum())
-        if weight == 0:
-            return Mean(None, header)
-        mean = Mean(vector.div_(weight), header)
-        if keeps_mean and not request.exact and vector.numel():
-            self._means.take(sent.begin, vector, self._pace)
+        if keeps_mean and not request.exact and n and mean.values is not None:
+            self._means.take(sent.begin, mean.values, self._pace)
         return mean
+
+    def _wait_mean(self, request: AllReduceMean, header: Tensor, timeout_s: float) -> tuple[Mean, float]:
+        """The mean, and when it was here in seconds of time.monotonic(). Raises PeerError."""
+        sent = request.sent
+        if self._coded is not None and not request.exact and sent.values.numel():
+            return self._wait_coded_mean(self._coded, sent, header, timeout_s)
+        vector = self._vector(sent.values.numel()).copy_(sent.values)
+        if sent.weight != 1.0:
+            vector.mul_(sent.weight)
+        _, arrived_s = self._group.wait_all_reduce(header, vector, timeout_s)
+        weight = _weight(header)
+        return Mean(vector.div_(weight) if weight else None, header), arrived_s
+
+    def _wait_coded_mean(
+        self, coded: CodedMean, sent: Contribution, header: Tensor, timeout_s: float
+    ) -> tuple[Mean, float]:
+        group, values = self._group, sent.values
+        assert isinstance(group, GroupWithPieces)
+        end_s = time.monotonic() + timeout_s
+        codes, received = coded.outgoing(values, sent.weight, sent.begin)
+        _, arrived_s = group.wait_all_to_all(header, codes, received, timeout_s)
+        weight = _weight(header)
+        if not weight:
+            return Mean(None, header), arrived_s
+        piece = coded.reduce(values, received, weight)
+        arrived_s = group.wait_all_gather(piece, received, max(0.001, end_s - time.monotonic()))
+        return Mean(coded.finish(values, sent.weight, sent.begin, received), header, is_coded=True), arrived_s
 
     def _vector(self, size: int):
         """The round's buffer: as large as the largest fragment, replaced only when the vector is cut anew."""
@@ -267,3 +304,8 @@ class Communicator(threading.Thread):
     def where(self) -> str:
         """Rank and round, for messages."""
         return f"rank {self._group.rank} of {self._group.world_size}: round {self._pace.round + 1}"
+
+
+def _weight(header: Tensor) -> float:
+    """Of all contributions together."""
+    return float(header.numpy()[:, Column.WEIGHT].sum())

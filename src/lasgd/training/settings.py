@@ -39,6 +39,8 @@ class Settings(BaseModel):
     """How the ranks come to agree: docs/algorithms.md. `independent` never communicates."""
     merge: str = "full"
     """Merge rule: how much of a correction the replica shows at the step boundary."""
+    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How the averages of lasgd travel; what a coarse format rounds off is in the next contribution."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20."""
     steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0

@@ -111,6 +111,7 @@ def wait_attached(
         algorithm=settings.algorithm,
         algorithm_settings=settings.algorithm_settings(),
         merge=settings.merge,
+        wire=settings.wire,
         fragments=settings.fragments,
         steps_per_round=settings.steps_per_round,
         evaluations=settings.evaluations,

@@ -145,7 +145,7 @@ class SimulatedRun:
             self.vector = vector_of(layout)
         else:
             self.vector, layout = vector_of_bytes(settings.model_bytes), None
-        check_memory(None if settings.no_gradients else layout, self.ranks)
+        check_memory(None if settings.no_gradients else layout, self.ranks, settings.wire)
         self.step_time: StepTime = step_time(settings, self.model, self.data)
         self.plan = plan(settings, self.ranks, self.vector, self.data, self.step_time.seconds)
         self.timelines = [

@@ -77,15 +77,17 @@ def vector_of(layout: Layout) -> Vector:
     return Vector(layout.size, torch.finfo(layout.dtype).bits // 8)
 
 
-def check_memory(layout: Layout | None, world_size: int) -> None:
+def check_memory(layout: Layout | None, world_size: int, wire: str = "fp32") -> None:
     """Raises ConfigurationError, saying how much is needed, where the ranks do not fit into memory. Allocates nothing.
 
-    A replica with its work holds five vectors: the parameters, their gradients, momentum, residual and what it sends.
+    A replica with its work holds five vectors: the parameters, their gradients, momentum, residual and what it sends;
+    with a wire format the latest mean too.
     """
-    needed = world_size * (BYTES_A_RANK if layout is None else 5 * vector_of(layout).nbytes)
+    vectors = 5 if wire == "fp32" else 6
+    needed = world_size * (BYTES_A_RANK if layout is None else vectors * vector_of(layout).nbytes)
     available = available_bytes()
     if needed > available:
-        each = "" if layout is None else f" of 5 times {vector_of(layout).nbytes / 1e6:.3g} MB each"
+        each = "" if layout is None else f" of {vectors} times {vector_of(layout).nbytes / 1e6:.3g} MB each"
         advice = "Use fewer ranks" if layout is None else "Use fewer ranks, a smaller model, or --no-gradients"
         raise ConfigurationError(
             f"--ranks: {world_size:,} replicas{each} need about {needed / 1e9:.3g} GB of memory, and "
@@ -166,8 +168,10 @@ def plan(
     """What is to be simulated. Raises ConfigurationError, DataError."""
     samples = budget_without_data(settings, world_size) if data is None else budget(settings, data, world_size)
     compute, network = cluster(settings, world_size, own_step_s)
+    algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
+    algorithm.check_wire(settings.wire)
     return Plan(
-        registry.find(settings.algorithm, settings.algorithm_settings()),
+        algorithm,
         ranks=world_size,
         compute=compute,
         network=network,
@@ -178,5 +182,6 @@ def plan(
         steps_per_round=settings.steps_per_round,
         fragments=settings.fragments,
         evaluations=0 if settings.no_gradients else settings.evaluations,
+        wire=settings.wire,
         all_reduce=settings.all_reduce,
     )

@@ -55,6 +55,7 @@ from lasgd.virtual.network_models import Network
 from lasgd.virtual.own_pace import OwnPace
 from lasgd.virtual.process import Arrival, Moment, Process, Rank, Record, Text, Work
 from lasgd.virtual.spread import mean_replica
+from lasgd.wire import CodedMean, Wire, piece_bytes
 
 __all__ = ["AllReduceSeconds", "Cluster", "Means", "Rank", "Record", "Text", "Work"]
 
@@ -94,12 +95,14 @@ class Cluster:
         buckets: Buckets = NO_OVERLAP,
         exchange: Text | None = None,
         messages_over: Network | None = None,
+        wire: Wire | None = None,
     ):
         """`paces` has one agreement, for all ranks, or one for each. Raises ConfigurationError without any rank.
 
         `record` is told of the first `recorded_ranks` ranks only (None: of all).
         `buckets`: how gradients are cut for their all-reduce, which then overlaps with the backward pass.
         `messages_over`: what carries the messages that ranks write to each other; None: they write none.
+        `wire`: the format in which means travel, but for those that are asked for exactly; None: as they are.
         """
         if not ranks:
             raise ConfigurationError("a cluster needs at least one rank")
@@ -118,6 +121,7 @@ class Cluster:
         self._exchanging: list[Process] = []  # of exchange, by rank; empty where there is none
         self._writes_messages = messages_over is not None
         self._mail = None if messages_over is None else Mail(self.clock, messages_over, vector_bytes, self)
+        self._wire, self._coded = wire, self._coded_means(wire)
         self._joining: list[Process | None] = [None] * len(ranks)  # by rank
         self._n_joined = 0
         self._bytes_sent = 0  # by each rank, in all-reduces
@@ -310,6 +314,14 @@ class Cluster:
 
     # Rounds
 
+    def _coded_means(self, wire: Wire | None) -> list[CodedMean]:
+        """One for each rank that computes; as many at the start as in a real run, with rank 0's values."""
+        replicas = [rank.replica for rank in self.ranks if rank.work is not None]
+        if wire is None or not replicas:
+            return []
+        first = replicas[0].parameters()
+        return [CodedMean(wire, index, len(replicas), first.clone()) for index in range(len(replicas))]
+
     def _wait_due(self, process: Process, request: NextRound) -> Waiting:
         now_s = self.clock.now_s
         if process.arrived_s is not None:
@@ -348,6 +360,8 @@ class Cluster:
         if len(sizes) > 1:
             raise ProtocolError(f"round {self.rounds + 1}: ranks contribute vectors of {sorted(sizes)} bytes")
         (n_bytes,) = sizes
+        if self._wire is not None and not joined[0].request.exact:
+            n_bytes = self._coded_bytes(joined[0].request.sent.values, n_bytes)
         now_s = self.clock.now_s
         if joined[0].request.exact:
             self._note_end(joined[0].pace)
@@ -358,6 +372,12 @@ class Cluster:
             self._ready_s = 0.0
         self.clock.at(end_s, Arrival(self._deliver, joined))
 
+    def _coded_bytes(self, values: Any, n_bytes: int) -> int:
+        """What the codes of all pieces amount to, as bytes of an all-reduce. `values`: a tensor, or its size alone."""
+        assert self._wire is not None
+        elements = values.numel()
+        return piece_bytes(self._wire, elements, len(self.ranks)) * len(self.ranks) if elements else n_bytes
+
     def _seconds(self, n_bytes: int) -> float:
         return self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
 
@@ -366,12 +386,18 @@ class Cluster:
         now_s = self.clock.now_s
         self.rounds += 1
         requests: list[Any] = [process.request for process in joined]
-        mean = Mean(_mean(requests), self._table)
         first, is_travelling = requests[0], joined[0].is_travelling
+        n_bytes, is_coded = first.sent.values.nbytes, self._wire is not None and not first.exact
+        if is_coded:
+            n_bytes = self._coded_bytes(first.sent.values, n_bytes)
+        if is_coded and self._coded and first.sent.values.numel():
+            mean = Mean(_coded_mean(self._coded, requests), self._table, is_coded=True)
+        else:
+            mean = Mean(_mean(requests), self._table)
         waits = joined[0].is_compute and not first.exact and not is_travelling
         if not waits and not first.exact:
             self._keep_mean(first, mean)
-        self._bytes_sent += ring_bytes_sent(first.sent.values.nbytes + self._table.nbytes, len(joined))
+        self._bytes_sent += ring_bytes_sent(n_bytes + self._table.nbytes, len(joined))
         for process in joined:
             process.arrived_s, process.round_s = now_s, now_s - process.joined_s
             if process.record is not None:
@@ -471,6 +497,26 @@ def _mean(requests: Sequence[AllReduceMean]) -> Any:
         if contribution.weight:
             total.add_(contribution.values, alpha=contribution.weight)
     return total.div_(weight)
+
+
+def _coded_mean(coded: Sequence[CodedMean], requests: Sequence[AllReduceMean]) -> Tensor | None:
+    """The same by way of a wire format: each rank's part of it in turn, the pieces handed on in memory."""
+    contributions = [request.sent for request in requests]
+    weight = sum(contribution.weight for contribution in contributions)
+    codes = [c.outgoing(sent.values, sent.weight, sent.begin)[0] for c, sent in zip(coded, contributions, strict=True)]
+    if not weight:
+        return None
+    received = [torch.stack([row[index] for row in codes]) for index in range(len(coded))]
+    pieces = torch.stack(
+        [
+            c.reduce(sent.values, rows, weight).clone()
+            for c, sent, rows in zip(coded, contributions, received, strict=True)
+        ]
+    )
+    means = [
+        c.finish(sent.values, sent.weight, sent.begin, pieces) for c, sent in zip(coded, contributions, strict=True)
+    ]
+    return means[0]
 
 
 @contextmanager
