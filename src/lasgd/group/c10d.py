@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -213,9 +214,10 @@ class C10dGroup:
         of_header.timeout = of_pieces.timeout = timedelta(seconds=timeout_s)
 
         def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
-            reduced = gloo.allreduce([header], of_header)  # pyright: ignore[reportAttributeAccessIssue]
-            exchanged = gloo.alltoall_base(received.view(-1), pieces.view(-1), [], [], of_pieces)
-            del gloo  # see GlooConnections: the last reference must not die here
+            known: Any = gloo  # torch's stubs lack what is asked of it
+            reduced = known.allreduce([header], of_header)
+            exchanged = known.alltoall_base(received.view(-1), pieces.view(-1), [], [], of_pieces)
+            del known, gloo  # see GlooConnections: the last reference must not die here
             self._wait_done(reduced)
             joined_s = time.monotonic()
             self._wait_done(exchanged)
@@ -231,8 +233,9 @@ class C10dGroup:
         options.timeout = timedelta(seconds=timeout_s)
 
         def gathered(gloo: dist.ProcessGroupGloo) -> float:
-            pending = gloo._allgather_base(received.view(-1), piece, options)
-            del gloo  # as above
+            known: Any = gloo
+            pending = known._allgather_base(received.view(-1), piece, options)
+            del known, gloo  # as above
             self._wait_done(pending)
             return time.monotonic()
 
