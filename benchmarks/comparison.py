@@ -295,7 +295,7 @@ def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
         elif study == "cifar10" and target is not None:
             made += time_bars(condition, budget, found, target)
         elif study == "quality" and target is not None:
-            made += quality_bars(condition, found, target)
+            made += quality_bars(f"{condition}, {budget}", found, target)
     if study == "digits":
         equal_samples = [
             found for (condition, budget), found in contests(runs).items() if is_honesty(condition, budget)
@@ -324,7 +324,7 @@ def time_bars(condition: str, budget: str, found: Mapping[str, Cell], target: fl
     return made
 
 
-def quality_bars(condition: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
+def quality_bars(where: str, found: Mapping[str, Cell], target: float) -> list[Bar]:
     """Of the same algorithm entered twice."""
     made = []
     for label in found:
@@ -332,10 +332,10 @@ def quality_bars(condition: str, found: Mapping[str, Cell], target: float) -> li
         if twin not in found:
             continue
         rates = [statistics.fmean(run["steps_per_s"] for run in found[each].finished) for each in (label, twin)]
-        made.append(Bar(f"{condition}: {label} twice, steps/s apart", _apart(*rates), at_most=0.05))
+        made.append(Bar(f"{where}: {label} twice, steps/s apart", _apart(*rates), at_most=0.05))
         times = [found[each].seconds_to(target) for each in (label, twin)]
         apart = _apart(*times) if all(times) else None
-        made.append(Bar(f"{condition}: {label} twice, time to target apart", apart, at_most=0.15))
+        made.append(Bar(f"{where}: {label} twice, time to target apart", apart, at_most=0.15))
     return made
 
 

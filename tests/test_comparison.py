@@ -93,7 +93,7 @@ def test_digits_without_a_run_at_equal_samples_are_not_measured_and_not_passed_o
 def test_twins_are_held_together():
     twins = [run("lasgd", "fast"), run("lasgd (2)", "fast", seconds=10.4), run("sync_sgd", "fast")]
     bars = found_bars("quality", twins)
-    assert bars["fast: lasgd twice, steps/s apart"].value == pytest.approx(0.0392, abs=1e-3)
+    assert bars["fast, 900 samples: lasgd twice, steps/s apart"].value == pytest.approx(0.0392, abs=1e-3)
     assert all(bar.holds for bar in bars.values())
     twins[1] = run("lasgd (2)", "fast", seconds=12.0)
     assert not any(bar.holds for bar in found_bars("quality", twins).values())
