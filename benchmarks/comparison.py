@@ -298,13 +298,13 @@ def bars(study: str, runs: Sequence[Mapping[str, Any]]) -> list[Bar]:
             made += quality_bars(f"{condition}, {budget}", found, target)
     if study == "digits":
         equal_samples = [
-            found for (condition, budget), found in contests(runs).items() if is_honesty(condition, budget)
+            found for (condition, budget), found in contests(runs).items() if is_at_equal_samples(condition, budget)
         ]
         made += [bar for found in equal_samples or [{}] for bar in honest_bars(found)]
     return made
 
 
-def is_honesty(condition: str, budget: str) -> bool:
+def is_at_equal_samples(condition: str, budget: str) -> bool:
     """Where gossip and server are held to synchronous SGD: at equal samples, with nobody slowed down."""
     return condition == "fast" and budget.endswith("samples")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -126,23 +125,27 @@ def test_a_failed_round_is_raised_where_the_training_thread_waits_for_it(algorit
 
 @pytest.mark.parametrize("algorithm", ["overlap_local_sgd", "cocod_sgd"])
 def test_the_last_exact_average_comes_after_the_end_and_is_not_waited_for(algorithm):
-    late_s = 0.25
+    waited_s = {}
 
     def loop(r, model, averaging, optimizer):
-        reduce = averaging.group.wait_all_reduce
+        stands_still, communicator = threading.Event(), averaging._communicator
+        wait_answer, reduce = communicator.wait_answer, averaging.group.wait_all_reduce
+
+        def standing_still():
+            if averaging.pace.end is not None:
+                waited_s[r] = averaging.tally.waited_s
+                stands_still.set()
+            return wait_answer()
 
         def late(*arguments):
-            if averaging.pace.end is not None:
-                time.sleep(late_s)
+            assert averaging.pace.end is None or stands_still.wait(LIMIT_S)
             return reduce(*arguments)
 
-        averaging.group.wait_all_reduce = late
+        communicator.wait_answer, averaging.group.wait_all_reduce = standing_still, late
         until_finished(r, model, averaging, optimizer)
 
-    begin_s = time.monotonic()
-    for _, averaging in raise_any(run_attached(2, algorithm, loop, steps_per_round=2)):
-        assert averaging.tally.waited_s < late_s
-    assert time.monotonic() - begin_s > late_s
+    ended = raise_any(run_attached(2, algorithm, loop, steps_per_round=2))
+    assert [averaging.tally.waited_s for _, averaging in ended] == [waited_s[0], waited_s[1]]
 
 
 def test_one_rank_that_holds_nan_takes_the_others_average_in_local_sgd():

@@ -68,7 +68,7 @@ class Algorithm:
             takers = ", ".join(algorithm.name for algorithm in _ALGORITHMS.values() if algorithm.takes_wire)
             raise ConfigurationError(
                 f"wire format {wire}: {self.name} would lose for good what it rounds off. It is for {takers}; "
-                "leave it out, or give it to that entry alone"
+                f"leave it out, or in a comparison give it to that entry alone, as in {takers}:wire={wire}"
             )
 
     @property

@@ -224,7 +224,7 @@ class C10dGroup:
             return joined_s, time.monotonic()
 
         times = self._guarded(both, f"all-to-all of {megabytes(pieces)}", timeout_s)
-        self._bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces)
+        self._bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces.nbytes, self.world_size)
         return times
 
     def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
@@ -240,7 +240,7 @@ class C10dGroup:
             return time.monotonic()
 
         arrived_s = self._guarded(gathered, f"all-gather of {megabytes(received)}", timeout_s)
-        self._bytes_sent += pieces_bytes_sent(received)
+        self._bytes_sent += pieces_bytes_sent(received.nbytes, self.world_size)
         return arrived_s
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 
 def ring_all_reduce_s(n_bytes: float, world_size: int, latency_s: float, bandwidth_bytes_per_s: float) -> float:
     """Seconds for a ring all-reduce of `n_bytes` over `world_size` equal links.
@@ -79,9 +77,9 @@ def ring_bytes_sent(n_bytes: int, world_size: int) -> int:
     return 2 * (world_size - 1) * n_bytes // world_size
 
 
-def pieces_bytes_sent(pieces: Tensor) -> int:
-    """Bytes that each rank sends in an all-to-all or an all-gather of `pieces` (n, bytes): all rows but its own."""
-    return pieces.nbytes - pieces[0].nbytes
+def pieces_bytes_sent(n_bytes: int, world_size: int) -> int:
+    """Bytes that each rank sends in an all-to-all or an all-gather of `n_bytes` in n pieces: all but its own piece."""
+    return (world_size - 1) * n_bytes // world_size
 
 
 def pieces_s(n_bytes: float, world_size: int, latency_s: float, bandwidth_bytes_per_s: float) -> float:

@@ -183,7 +183,7 @@ class ScriptedGroup:
         )
         header.copy_(total)
         received.copy_(rows[:, self.rank])
-        self.bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces)
+        self.bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces.nbytes, self.world_size)
         now_s = time.monotonic()
         return now_s, now_s
 
@@ -198,7 +198,7 @@ class ScriptedGroup:
                 timeout_s,
             )
         )
-        self.bytes_sent += pieces_bytes_sent(received)
+        self.bytes_sent += pieces_bytes_sent(received.nbytes, self.world_size)
         return time.monotonic()
 
     def wait_broadcast(self, tensor: Tensor, source: int, timeout_s: float) -> None:

@@ -359,9 +359,7 @@ class Cluster:
         sizes = {process.request.sent.values.nbytes for process in joined}
         if len(sizes) > 1:
             raise ProtocolError(f"round {self.rounds + 1}: ranks contribute vectors of {sorted(sizes)} bytes")
-        (n_bytes,) = sizes
-        if self._wire is not None and not joined[0].request.exact:
-            n_bytes = self._coded_bytes(joined[0].request.sent.values, n_bytes)
+        n_bytes = self._travelling_bytes(joined[0].request)
         now_s = self.clock.now_s
         if joined[0].request.exact:
             self._note_end(joined[0].pace)
@@ -372,11 +370,12 @@ class Cluster:
             self._ready_s = 0.0
         self.clock.at(end_s, Arrival(self._deliver, joined))
 
-    def _coded_bytes(self, values: Any, n_bytes: int) -> int:
-        """What the codes of all pieces amount to, as bytes of an all-reduce. `values`: a tensor, or its size alone."""
-        assert self._wire is not None
-        elements = values.numel()
-        return piece_bytes(self._wire, elements, len(self.ranks)) * len(self.ranks) if elements else n_bytes
+    def _travelling_bytes(self, request: AllReduceMean) -> int:
+        """As an all-reduce's; with a wire format the codes of all pieces together."""
+        values, n = request.sent.values, len(self.ranks)
+        if self._wire is None or request.exact:
+            return values.nbytes
+        return n * piece_bytes(self._wire, values.numel(), n)
 
     def _seconds(self, n_bytes: int) -> float:
         return self._all_reduce_s(n_bytes + self._table.nbytes, n_bytes / self._vector_bytes)
@@ -387,17 +386,14 @@ class Cluster:
         self.rounds += 1
         requests: list[Any] = [process.request for process in joined]
         first, is_travelling = requests[0], joined[0].is_travelling
-        n_bytes, is_coded = first.sent.values.nbytes, self._wire is not None and not first.exact
-        if is_coded:
-            n_bytes = self._coded_bytes(first.sent.values, n_bytes)
-        if is_coded and self._coded and first.sent.values.numel():
+        if self._coded and not first.exact and first.sent.values.numel():
             mean = Mean(_coded_mean(self._coded, requests), self._table, is_coded=True)
         else:
             mean = Mean(_mean(requests), self._table)
         waits = joined[0].is_compute and not first.exact and not is_travelling
         if not waits and not first.exact:
             self._keep_mean(first, mean)
-        self._bytes_sent += ring_bytes_sent(n_bytes + self._table.nbytes, len(joined))
+        self._bytes_sent += ring_bytes_sent(self._travelling_bytes(first) + self._table.nbytes, len(joined))
         for process in joined:
             process.arrived_s, process.round_s = now_s, now_s - process.joined_s
             if process.record is not None:
