@@ -224,7 +224,8 @@ class C10dGroup:
             return joined_s, time.monotonic()
 
         times = self._guarded(both, f"all-to-all of {megabytes(pieces)}", timeout_s)
-        self._bytes_sent += ring_bytes_sent(header.nbytes, self.world_size) + pieces_bytes_sent(pieces.nbytes, self.world_size)
+        self._bytes_sent += ring_bytes_sent(header.nbytes, self.world_size)
+        self._bytes_sent += pieces_bytes_sent(pieces.nbytes, self.world_size)
         return times
 
     def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
