@@ -10,6 +10,7 @@ in the runs that it predicts goes into it, nor into any constant of the simulato
     python benchmarks/calibrate.py --data cifar10.tar.xz --runs kept       all of it; what `kept` holds is not run again
     python benchmarks/calibrate.py --part network,time                     without learning
     python benchmarks/calibrate.py --part time --quick --algorithms lasgd  does it work?
+    python benchmarks/calibrate.py --part time --algorithms ad_psgd,parameter_server --out FILE    a record of a part
     python benchmarks/calibrate.py --draw                                  the figure again, from the stored result
 """
 
