@@ -20,7 +20,7 @@ from common import FOLDER, RESULTS, format_value
 from comparison import REFERENCE, Cell, contests, target_of
 from lasgd.lab.compare.results import is_at_edge
 
-PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md"))
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md", "theory.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 Result = Mapping[str, Any]
@@ -39,6 +39,8 @@ def render(page: str, results: Mapping[str, Result]) -> str:
 def _block(name: str, results: Mapping[str, Result]) -> str:
     if name == "crossover":
         return _crossover(results["clusters"]["figures"]["crossover"])
+    if name == "drift_limits":
+        return _drift_limits(results["drift"])
     result = results.get(name)
     if name == "gpu_check" and (result is None or result["card"]["settings"].get("device") != "cuda"):
         return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
@@ -163,6 +165,21 @@ def _crossover(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _drift_limits(result: Result) -> str:
+    """Momenta and fragments down, delays across; a dash where the fragments do not divide the delay."""
+    found = {(one["momentum"], one["fragments"], one["delay"]): one for one in result["figures"]["limits"]}
+    momenta, fragments, delays = (list(dict.fromkeys(key[k] for key in found)) for k in range(3))
+    lines = ["| momentum | fragments | " + " | ".join(f"delay {delay}" for delay in delays) + " | alone |"]
+    lines += ["|---" * (len(delays) + 3) + "|"]
+    for momentum in momenta:
+        for parts in fragments:
+            cells = [found.get((momentum, parts, delay)) for delay in delays]
+            alone = next(one["alone"] for one in cells if one is not None)
+            limits = ["" if one is None else f"{min(one['limit'] or alone, alone):.2g}" for one in cells]
+            lines.append(f"| {momentum:g} | {parts} | " + " | ".join(limits) + f" | {alone:.2g} |")
+    return "\n".join([*lines, "", _card(result["card"]), ""])
+
+
 def _notes(result: Result) -> list[str]:
     return [line for note in result["notes"] for line in (note, "")]
 
@@ -171,10 +188,10 @@ def _card(card: Mapping[str, Any]) -> str:
     settings = ", ".join(
         f"{key} {_plain(value)}" for key, value in card["settings"].items() if key != "quick" and value is not None
     )
-    seeds = ", ".join(map(str, card["seeds"]))
+    seeds = "; seeds " + ", ".join(map(str, card["seeds"])) if card["seeds"] else ""
     device = f", {card['device']}" if card.get("device") else ""
     return (
-        f"`{card['command']}`, {card['date']}. {settings}; seeds {seeds}. lasgd {card['lasgd']} "
+        f"`{card['command']}`, {card['date']}. {settings}{seeds}. lasgd {card['lasgd']} "
         f"(commit {card['commit'] or 'unknown'}), torch {card['torch']}, Python {card['python']}; "
         f"{card['cpu_count']} cores, {card['cpu']}{device}."
     )

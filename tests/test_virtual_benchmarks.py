@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("clusters", "common", "drawing", "scale"):
+    for name in ("clusters", "common", "drawing", "drift", "scale"):
         sys.modules.pop(name, None)
 
 
@@ -190,6 +190,16 @@ def test_pictures_show_the_stored_figures():
     if (BENCHMARKS / "results" / "scale.json").exists():
         shown = FIGURE.read_text(encoding="utf-8")
         assert mark(stored("scale")["figures"]) in shown, "run python benchmarks/scale.py --draw"
+
+
+def test_the_picture_of_drift_shows_the_stored_figures_and_what_is_worked_out_today():
+    import drift
+    from drawing import mark
+
+    figures = stored("drift")["figures"]
+    assert mark(figures["lines"]) in drift.FIGURE.read_text(encoding="utf-8"), "run python benchmarks/drift.py --draw"
+    few = [one for one in figures["limits"] if one["delay"] <= 5]
+    assert few == drift.limits((1, 2, 5))
 
 
 def test_a_picture_of_other_figures_is_marked_otherwise():

@@ -1,0 +1,100 @@
+"""How far ranks drift apart between averages, on a quadratic: exact, in a few small matrices.
+
+Rank i takes local steps on h/2 x^2 with gradient noise of variance s^2, learning rate l, momentum mu. With c = l h, and
+of each rank's difference from the mean of all, which rounds move and the mean of all does not:
+
+    local step   u <- mu u + c x + l noise ; x <- x - u        u is the momentum buffer times l
+    merge        x <- x + r ; r <- 0                            at every step boundary
+    snapshot     s <- x + r                                     when a round begins
+    correction   r <- r - g s                                   when its mean comes, whose own difference is 0
+
+A cycle of one fragment is a list of these moments. Their product is one matrix: where it shrinks every difference, the
+covariance of (x, u, r, s) that it leaves as it was is the stationary one. What follows: docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_X, _U, _R, _S = range(4)
+_FROM, _TO, _PARTS = 1e-4, 4.0, 400
+"""Of c, where its limit is looked for; no direction with c beyond 2 (1 + mu) <= 4 is stable without averaging."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Of one fragment: its snapshot, the mean `flight` local steps later, the next snapshot `steps` after the first.
+
+    A whole vector back to back has flight = steps, one of F fragments in turn flight = steps / F; flight = 0 is
+    blocking local SGD, which takes no step before it has shown the mean.
+    """
+
+    steps: int
+    flight: int
+    momentum: float = 0.9
+    gain: float = 1.0
+    """g; 1 is the rule `full`."""
+
+    def growth(self, c: float) -> float:
+        """By how much a difference grows from cycle to cycle in a direction of this c: a spectral radius."""
+        return float(torch.linalg.eigvals(self._product(c)).abs().max())
+
+    def limit(self) -> float:
+        """The least c at which differences grow without end, to 3 %; infinite if there is none below 4."""
+        rates = torch.logspace(math.log10(_FROM), math.log10(_TO), _PARTS, dtype=torch.float64)
+        return next((c for c in rates.tolist() if self.growth(c) >= 1), math.inf)
+
+    def variance(self, c: float) -> float:
+        """Stationary, of x where gradients are taken, mean over a cycle's local steps, over (1 - 1/n) l^2 s^2.
+
+        Infinite where differences grow.
+        """
+        if self.growth(c) >= 1:
+            return math.inf
+        kick = torch.zeros(4, dtype=torch.float64)
+        kick[_X], kick[_U] = -1.0, 1.0
+        noise, moments = torch.outer(kick, kick), self._moments(c)
+
+        def through(covariance: Tensor) -> tuple[Tensor, float]:
+            seen = 0.0
+            for moment, is_step in moments:
+                seen += float(covariance[_X, _X]) if is_step else 0.0
+                covariance = moment @ covariance @ moment.T + (noise if is_step else 0.0)
+            return covariance, seen / self.steps
+
+        whole, added = self._product(c), through(torch.zeros(4, 4, dtype=torch.float64))[0]
+        stationary = torch.linalg.solve(torch.eye(16, dtype=torch.float64) - torch.kron(whole, whole), added.flatten())
+        return through(stationary.view(4, 4))[1]
+
+    def _product(self, c: float) -> Tensor:
+        whole = torch.eye(4, dtype=torch.float64)
+        for moment, _ in self._moments(c):
+            whole = moment @ whole
+        return whole
+
+    def _moments(self, c: float) -> list[tuple[Tensor, bool]]:
+        """(matrix, whether it is a local step), of one cycle in order."""
+        step, merge, snapshot, correction = (torch.eye(4, dtype=torch.float64) for _ in range(4))
+        step[_U, _X], step[_U, _U] = c, self.momentum
+        step[_X, _X], step[_X, _U] = 1 - c, -self.momentum
+        merge[_X, _R], merge[_R, _R] = 1.0, 0.0
+        snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
+        correction[_R, _S] = -self.gain
+        flight = [(step, True), (merge, False)] * self.flight
+        after = [(step, True), (merge, False)] * (self.steps - self.flight)
+        waited = [(merge, False)] if not self.flight else []
+        return [(snapshot, False), *flight, (correction, False), *waited, *after]
+
+
+def variance_alone(c: float, momentum: float) -> float:
+    """Of x, stationary, over l^2 s^2 / n, under synchronous SGD with the mean gradient of n ranks; the mean's too.
+
+    It does not depend on rounds. Infinite where SGD is unstable.
+    """
+    if not 0 < c < 2 * (1 + momentum):
+        return math.inf
+    return (1 + momentum) / (c * (1 - momentum) * (2 * (1 + momentum) - c))

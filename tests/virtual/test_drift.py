@@ -1,0 +1,105 @@
+"""What lasgd.lab.drift foretells of quadratics is what the text of `lasgd` does there, in virtual time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_cluster import Run, points
+
+from lasgd.lab.drift import Cycle, variance_alone
+
+CURVATURE, N = 1.6, 4
+
+
+class Noisy:
+    """Heavy-ball SGD on a/2 x^2 with normal noise of variance 1 in the gradient, elements independent."""
+
+    def __init__(self, model, rank: int, lr: float, momentum: float, noise: float):
+        self.model, self.lr, self.momentum, self.noise = model, lr, momentum, noise
+        self.buffer = torch.zeros_like(model.x)
+        self.draw = torch.Generator().manual_seed(rank)
+        self.seen: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        pass
+
+    def gradient(self) -> None:
+        x = self.model.x.detach()
+        self.seen.append(x.clone())
+        noise = torch.randn(x.shape, generator=self.draw, dtype=x.dtype)
+        self.model.x.grad = CURVATURE * x + self.noise * noise
+
+    def update(self, progress: float) -> None:
+        with torch.no_grad():
+            self.buffer.mul_(self.momentum).add_(self.model.x.grad)
+            self.model.x.sub_(self.buffer, alpha=self.lr)
+
+
+def seen(c: float, momentum: float, delay: int, steps: int, elements: int, noise: float = 1.0) -> np.ndarray:
+    """(step, rank, element): where gradients were taken, with the whole vector `delay` steps on its way."""
+    lr = c / CURVATURE
+    replicas = points([[float(rank == 0)] * elements for rank in range(N)])
+    models = [replica.layout.entries[0].owner for replica in replicas]
+    works = [Noisy(model, rank, lr, momentum, noise) for rank, model in enumerate(models)]
+    begins = iter([delay + 0.25])  # so that rounds begin a quarter into a step, and nothing is at the same moment
+    Run("lasgd", replicas, 1.0, lambda n_bytes, share: next(begins, float(delay)), works, samples=N * steps)
+    return torch.stack([torch.stack(work.seen[:steps]) for work in works], dim=1).numpy()
+
+
+def differences(x: np.ndarray) -> np.ndarray:
+    return x - x.mean(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("c", "momentum", "delay"), [(0.3, 0.0, 1), (0.05, 0.0, 10), (0.3, 0.0, 10), (0.02, 0.9, 10)])
+def test_replicas_are_as_far_apart_as_foretold(c, momentum, delay):
+    x = seen(c, momentum, delay, steps=60 * delay + 200, elements=400)[100:]
+    lr = c / CURVATURE
+    expected = (1 - 1 / N) * lr**2 * Cycle(delay, delay, momentum).variance(c)
+    assert np.square(differences(x)).mean() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("c", "momentum", "delay"), [(0.3, 0.0, 10), (0.02, 0.9, 10)])
+def test_the_mean_is_as_noisy_as_synchronous_sgd_whatever_the_delay(c, momentum, delay):
+    x = seen(c, momentum, delay, steps=1500, elements=400)[500:].mean(axis=1)
+    expected = (c / CURVATURE) ** 2 / N * variance_alone(c, momentum)
+    assert np.square(x).mean() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("momentum", "delay"), [(0.9, 10), (0.9, 5), (0.5, 10)])
+def test_differences_die_out_below_the_limit_and_grow_above_it(momentum, delay):
+    limit = Cycle(delay, delay, momentum).limit()
+
+    def left(c: float) -> float:
+        u = differences(seen(c, momentum, delay, steps=80 * delay, elements=1, noise=0.0))
+        return np.abs(u[-delay:]).max() / np.abs(u[40 * delay : 41 * delay]).max()
+
+    assert left(limit / 1.15) < 1 < left(limit * 1.15)
+
+
+def test_momentum_and_delay_together_leave_little_room():
+    """Synchronous SGD is stable up to 2 (1 + mu); a whole vector late by ten steps is not by far."""
+    assert Cycle(10, 10, 0.9).limit() < 0.07 < 0.9 < Cycle(10, 10, 0.0).limit()
+
+
+def test_fragments_in_turn_give_the_room_back():
+    assert Cycle(10, 1, 0.9).limit() > 15 * Cycle(10, 10, 0.9).limit()
+
+
+def test_a_late_vector_drifts_like_local_sgd_with_three_times_as_many_steps():
+    """In flat directions: half a cycle on average there; here from one to two delays."""
+    flat = 1e-5
+    assert Cycle(20, 20, 0.0).variance(flat) == pytest.approx(1.5 * 20, rel=0.05)
+    assert Cycle(20, 1, 0.0).variance(flat) == pytest.approx(20 / 2, rel=0.15)
+
+
+def test_a_smaller_gain_is_stable_where_the_whole_correction_is_not():
+    c = 2 * Cycle(10, 10, 0.9).limit()
+    assert Cycle(10, 10, 0.9).growth(c) > 1 > Cycle(10, 10, 0.9, gain=0.25).growth(c)
+
+
+def test_there_is_no_variance_where_there_is_no_end_of_growing():
+    assert Cycle(10, 10, 0.9).variance(1.0) == math.inf
+    assert variance_alone(3.9, 0.9) == math.inf
