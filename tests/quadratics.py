@@ -97,7 +97,9 @@ class Run:
         text, n = registry.find(algorithm, settings), len(targets)
         begin = start or [[0.0] * len(targets[0])] * n
         self.models = [Point(values, dtype) for values in begin]
-        self.replicas = [Replica(model, Tally(1, rank)) for rank, model in enumerate(self.models)]
+        self.replicas = [
+            Replica(model, Tally(1, rank), keeps_mean=text.keeps_mean) for rank, model in enumerate(self.models)
+        ]
         self.works = [
             Descent(
                 model, torch.tensor(target, dtype=dtype), lr, momentum, poison[1] if poison and poison[0] == r else -1

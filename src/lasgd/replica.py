@@ -92,7 +92,16 @@ class Replica:
     Changes them only where it shows something: in `merge`, `show_average` and `set_gradient`.
     """
 
-    def __init__(self, model: nn.Module, tally: Tally, fragments: int = 1, rule: MergeRule | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tally: Tally,
+        fragments: int = 1,
+        rule: MergeRule | None = None,
+        *,
+        keeps_mean: bool = False,
+    ):
+        """`keeps_mean`: corrections may have momentum, which takes one more vector, the latest mean."""
         self.layout = Layout(model)
         self.tally = tally
         self.fences = fences_for(self.layout.device)
@@ -102,6 +111,9 @@ class Replica:
         self._rule = rule or Full()
         self._lock = threading.Lock()
         self._residual = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
+        self._latest = torch.empty_like(self._residual) if keeps_mean else None
+        self._known: set[int] = set()
+        """Fragments of whose parameters `_latest` holds the mean; written with it, under `_lock`."""
         self._extremes = tuple(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device) for _ in range(2))
         self._arrived: list[int] = []
         self._to_adopt: set[int] = set()  # fragments that a rank with NaN or Inf has yet to take from the others
@@ -152,8 +164,12 @@ class Replica:
         return Contribution(values, weight=0.0 if self._to_adopt else 1.0, begin=fragment.begin)
 
     @torch.no_grad()
-    def correct(self, fragment: Fragment, sent: Contribution, outcome: Mean | Failure) -> None:
-        """r <- r + (m - s); a rank of weight 0 takes m itself. A Failure changes nothing."""
+    def correct(self, fragment: Fragment, sent: Contribution, outcome: Mean | Failure, momentum: float = 0.0) -> None:
+        """r <- r + (m - s) + momentum (m - m'), m' the mean before; a rank of weight 0 takes m in place of r + (m - s).
+
+        Where m' is not known yet, as in the first round, there is no momentum; buffers have none. A Failure changes
+        nothing.
+        """
         if isinstance(outcome, Failure) or outcome.values is None:
             return
         window, index = self._windows[fragment.index], fragment.index
@@ -184,8 +200,19 @@ class Replica:
                         self._holding[index] = Holding.CORRECTION
                     if index not in self._arrived:
                         self._arrived.append(index)
+                if momentum:
+                    self._add_momentum(window, mean[: window.parameter_end], momentum)
                 self.fences.corrected()
             self.fences.wait_copied()
+
+    def _add_momentum(self, window: _Window, mean: Tensor, momentum: float) -> None:
+        assert self._latest is not None, "made without keeps_mean"
+        begin, index = window.fragment.begin, window.fragment.index
+        latest = self._latest[begin : begin + window.parameter_end]
+        if index in self._known:
+            window.residual_parameters.add_(mean, alpha=momentum).sub_(latest, alpha=momentum)
+        latest.copy_(mean)
+        self._known.add(index)
 
     def presence(self) -> Contribution:
         """Nothing but this rank's weight: 0 while it sits out with NaN or Inf. For rounds of the header alone."""
@@ -350,6 +377,34 @@ class Replica:
             self._arrived = []
             self.fences.merged()
 
+    def wait_latest_mean(self, timeout_s: float) -> Tensor | None:
+        """A copy of the latest mean that momentum reckons from, (D,) on the CPU; NaN until every element has one.
+
+        None where there is no momentum. For checkpoints.
+        """
+        if self._latest is None:
+            return None
+        if not self._lock.acquire(timeout=timeout_s):
+            raise PeerError(f"the communicator held the residual for more than {timeout_s:g} s")
+        try:
+            is_whole = len(self._known) == len(self.fragments)
+            return self._latest.to("cpu", copy=True) if is_whole else torch.full(self._latest.shape, math.nan)
+        finally:
+            self._lock.release()
+
+    def load_latest_mean(self, latest: Tensor) -> None:
+        """Takes over what `wait_latest_mean` has given, the same on all ranks; before the first round only."""
+        assert self._latest is not None, "made without keeps_mean"
+        with self._lock:
+            self._latest.copy_(latest)
+            # Buffers have no momentum, and whatever was there in their place.
+            self._known = set() if bool(latest.isnan().all()) else set(range(len(self.fragments)))
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Corrections may have momentum."""
+        return self._latest is not None
+
     @property
     def is_frozen(self) -> bool:
         """The last exact average is being taken or has been: x will be replaced by it."""
@@ -386,7 +441,9 @@ class Replica:
                     window.residual[: window.parameter_end].zero_()
                 if holding in (Holding.EMPTY, Holding.REST):  # z of a buffer is x, and a new fragment may mix the two
                     window.copy_parts(window.residual_views, (Section.BUFFER,))
+            knows_all = len(self._known) == len(self.fragments)
             self._cut(fragments)
+            self._known = set(range(len(self.fragments))) if knows_all else set()
             self._turn = 0
             self._arrived = []
             for index, fragment in enumerate(self.fragments):

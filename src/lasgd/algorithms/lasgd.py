@@ -8,22 +8,46 @@ arXiv 2203.13085 (2022).
 
     snapshot     s_i = x_i + r_i                  communicate, when a round begins; one fragment of the vector
     average      m   = (1/n) sum_j s_j            all-reduce, while local steps go on
-    correct      r_i <- r_i + (m - s_i)           when m arrives
+    correct      r_i <- r_i + (m - s_i) + beta (m - m')     when m arrives; m' is these elements' mean before
 
-x_i is the model's parameters, r_i `replica`'s residual, n `world_size`. sum_i (x_i + r_i) changes by local steps only.
+x_i is the model's parameters, r_i `replica`'s residual, n `world_size`, beta `outer_momentum`. Corrections sum to zero
+over the ranks, so the mean of all x_i + r_i changes by local steps and its momentum only.
+
+With beta = 0, the default, momentum is the optimizers' own, and stays with its rank. With beta = 0.9 and optimizers
+without momentum the mean moves as with momentum 0.9 in each of them and the same learning rate, while one rank's noise
+goes a tenth of the way before it is averaged: docs/theory.md. Source of the idea: J. Wang, V. Tantia, N. Ballas,
+M. Rabbat, "SlowMo" (2020), arXiv 1910.00643, for ranks that wait for the mean.
 
 Differences with the paper, of which only the abstract is public to us: averaging by fragments (one fragment is the
-paper's whole vector), the agreed pace and end, the health rule. Momentum stays with its rank.
+paper's whole vector), momentum of the mean, the agreed pace and end, the health rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 
 from lasgd.algorithms.ending import last_exact_average
 from lasgd.algorithms.requests import AllReduceMean, Answer, Gradient, NextRound, Request, Stop, Update
+from lasgd.errors import ConfigurationError
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of LASGD."""
+
+    outer_momentum: float = 0.0  # beta, 0 to below 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.outer_momentum < 1:
+            raise ConfigurationError(f"outer_momentum should be from 0 to below 1, got {self.outer_momentum!r}")
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Corrections have momentum."""
+        return self.outer_momentum > 0
 
 
 def compute(replica: Replica, pace: Pace) -> Generator[Request, Answer, None]:
@@ -34,7 +58,7 @@ def compute(replica: Replica, pace: Pace) -> Generator[Request, Answer, None]:
         replica.merge()
 
 
-def communicate(replica: Replica, pace: Pace) -> Generator[Request, Answer, None]:
+def communicate(replica: Replica, pace: Pace, settings: Settings) -> Generator[Request, Answer, None]:
     """The communicator's part."""
     while pace.end is None:
         if isinstance((yield NextRound(pace.due_s)), Stop):
@@ -43,6 +67,6 @@ def communicate(replica: Replica, pace: Pace) -> Generator[Request, Answer, None
         sent = replica.snapshot(fragment)
         outcome = yield AllReduceMean(sent)
         pace.agree(outcome)
-        replica.correct(fragment, sent, outcome)
+        replica.correct(fragment, sent, outcome, settings.outer_momentum)
     if pace.end in (End.SAMPLES, End.LEFT):
         yield from last_exact_average(replica, pace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -29,6 +30,10 @@ from lasgd.errors import ConfigurationError, unknown
 
 Part = Callable[..., Generator[Request, Answer, None]]
 """(replica, pace) -> generator; in an algorithm with settings of its own, once they are bound."""
+
+
+MOST_TIMES = 50.0
+"""As far as momentum may stretch a gradient: 0.9 in one place is 10, in two places 100, which nobody means."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,24 @@ class Algorithm:
                 f"leave it out, or in a comparison give it to that entry alone, as in {takers}:wire={wire}"
             )
 
+    def check_momentum(self, momentum: float) -> None:
+        """Raises ConfigurationError where that of the optimizers and that of the mean together would run away."""
+        outer = self.settings.outer_momentum if self.keeps_mean else 0.0
+        if not 0 <= momentum < 1 or outer == 0:
+            return
+        times = 1 / ((1 - momentum) * (1 - outer))
+        if times > MOST_TIMES:
+            raise ConfigurationError(
+                f"momentum {momentum:g} of the optimizer and outer momentum {outer:g} of the mean multiply: a gradient "
+                f"would move the mean {times:.0f} times as far as without (limit {MOST_TIMES:g}). Leave the optimizer "
+                "without momentum, with the same learning rate, or lower one of the two"
+            )
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Its replicas keep the latest mean, as its corrections have momentum."""
+        return getattr(self.settings, "keeps_mean", False)
+
     @property
     def is_synchronous(self) -> bool:
         """Nothing reaches a replica in the background, so time decides when something is learnt, and not what."""
@@ -97,6 +120,7 @@ _ALGORITHMS = {
             "lasgd",
             lasgd.compute,
             lasgd.communicate,
+            settings=lasgd.Settings(),
             takes_fragments=True,
             takes_wire=True,
             goes_on_without_steps=False,
@@ -165,12 +189,15 @@ def find(name: str, settings: Mapping[str, Any] | None = None) -> Algorithm:
     if algorithm.settings is None:
         return algorithm
     own = replace(algorithm.settings, **given)
-    return replace(
-        algorithm,
-        compute=partial(algorithm.compute, settings=own),
-        exchange=None if algorithm.exchange is None else partial(algorithm.exchange, settings=own),
-        settings=own,
-    )
+    parts = {name: _bound(getattr(algorithm, name), own) for name in ("compute", "communicate", "exchange")}
+    return replace(algorithm, **parts, settings=own)
+
+
+def _bound(part: Part | None, settings: Any) -> Part | None:
+    """With the algorithm's own settings, where this part of it has any use for them."""
+    if part is None or "settings" not in inspect.signature(part).parameters:
+        return part
+    return partial(part, settings=settings)
 
 
 def settings_of(name: str) -> dict[str, Any]:

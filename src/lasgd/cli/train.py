@@ -112,7 +112,9 @@ def check(settings: Settings, world_size: int) -> None:
     from lasgd import merge
     from lasgd.algorithms import registry
 
-    registry.find(settings.algorithm, settings.algorithm_settings()).check_wire(settings.wire)
+    algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
+    algorithm.check_wire(settings.wire)
+    algorithm.check_momentum(settings.momentum)
     merge.rule(settings.merge)
 
 

@@ -80,7 +80,8 @@ def attach(
     start_timeout_s  seconds to wait for all ranks to start, and for the first round
     must_match       settings of yours that have to be equal on all ranks
     ddp              "sync_sgd" by torch's DistributedDataParallel, during the backward pass: call `averaging.model(x)`
-    algorithm_settings   the algorithm's own, in place of its defaults, such as {"outer_lr": 0.7} of "diloco"
+    algorithm_settings   the algorithm's own, in place of its defaults, such as {"outer_momentum": 0.9} of "lasgd",
+                     which is for optimizers without momentum
     group            who is in; default: the ranks that torchrun's environment names
 
     The optimizers keep their own state and may be any but LBFGS. Trainable parameters and persistent floating-point
@@ -110,8 +111,11 @@ def attach(
     tally = Tally(batch_size)
     cut = fragments if found.takes_fragments else 1
     kind = MeanGradients if ddp else Replica
-    replica = kind(model, tally, 1 if cut == "auto" else cut, merge_rule(merge))
+    replica = kind(model, tally, 1 if cut == "auto" else cut, merge_rule(merge), keeps_mean=found.keeps_mean)
     check_optimizers(optimizers)
+    found.check_momentum(
+        max((group.get("momentum", 0.0) for one in optimizers for group in one.param_groups), default=0)
+    )
     _check_parameters(model, optimizers)
     for name, tensor in unique_state(model).items():
         check_no_element_twice(name, tensor)

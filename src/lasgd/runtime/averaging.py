@@ -520,7 +520,10 @@ class Averaging:
         Every rank stores its own: replicas differ. The tensor is a copy.
         """
         residual = self.replica.wait_residual(self._timeout_s)
-        latest = {} if self._coded is None else {"latest_mean": self._coded.latest.clone()}
+        if self._coded is not None:
+            latest = self._coded.latest.clone()
+        else:
+            latest = self.replica.wait_latest_mean(self._timeout_s)
         return {
             "version": STATE_VERSION,
             "rank": self.rank,
@@ -534,7 +537,7 @@ class Averaging:
             "evaluation": self.pace.evaluation,
             "layout": self.replica.layout.digest(),
             "residual": residual,
-            **latest,
+            **({} if latest is None else {"latest_mean": latest}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -557,11 +560,14 @@ class Averaging:
                     f"here it is {now!r}"
                 )
         self.replica.load_residual(state["residual"])
-        if self._coded is not None and "latest_mean" in state:
+        if "latest_mean" in state:
             # Rank 0's on all ranks: each has stored its own at a moment of its own, between other rounds.
             latest = state["latest_mean"].clone()
             wait_broadcast(self.group, [latest], self._start_timeout_s)
-            self._coded.load(latest)
+            if self._coded is not None:
+                self._coded.load(latest)
+            if self.replica.keeps_mean:
+                self.replica.load_latest_mean(latest)
         elapsed_s = state.get("elapsed_s", 0.0)
         self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"], elapsed_s)
         self._replicas_delivered = state["evaluation"]

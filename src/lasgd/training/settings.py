@@ -48,7 +48,7 @@ class Settings(BaseModel):
     outer_lr: Positive | None = None
     """Of diloco's outer step; default 0.7."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of diloco's outer step; default 0.9."""
+    """Of diloco's outer step, default 0.9; of lasgd's mean, default 0, and then with --momentum 0."""
     pull: Annotated[float, Field(gt=0, le=1)] | None = None
     """Towards the anchor of overlap_local_sgd, default 0.6; towards easgd's centre, default 0.9 / ranks."""
     anchor_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None

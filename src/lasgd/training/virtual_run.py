@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lasgd.algorithms import registry
 from lasgd.errors import DivergenceError, LasgdError
 from lasgd.lab import conditions
 from lasgd.lab.cores import usable_cores
@@ -145,7 +146,8 @@ class SimulatedRun:
             self.vector = vector_of(layout)
         else:
             self.vector, layout = vector_of_bytes(settings.model_bytes), None
-        check_memory(None if settings.no_gradients else layout, self.ranks, settings.wire)
+        keeps_mean = registry.find(settings.algorithm, settings.algorithm_settings()).keeps_mean
+        check_memory(None if settings.no_gradients else layout, self.ranks, settings.wire, keeps_mean)
         self.step_time: StepTime = step_time(settings, self.model, self.data)
         self.plan = plan(settings, self.ranks, self.vector, self.data, self.step_time.seconds)
         self.timelines = [
@@ -185,8 +187,12 @@ class SimulatedRun:
             RecipeWork(rank, settings, model, self._batches, self.notes, self._pool)
             for rank, model in enumerate(models)
         ]
+        keeps_mean = self.plan.algorithm.keeps_mean
         replicas = [
-            Replica(model, Tally(settings.batch_size, rank), self.plan.first_cut, merge_rule(settings.merge))
+            Replica(
+                *(model, Tally(settings.batch_size, rank), self.plan.first_cut, merge_rule(settings.merge)),
+                keeps_mean=keeps_mean,
+            )
             for rank, model in enumerate(models)
         ]
         for replica, work in zip(replicas, self._works, strict=True):

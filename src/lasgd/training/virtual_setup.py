@@ -77,13 +77,13 @@ def vector_of(layout: Layout) -> Vector:
     return Vector(layout.size, torch.finfo(layout.dtype).bits // 8)
 
 
-def check_memory(layout: Layout | None, world_size: int, wire: str = "fp32") -> None:
+def check_memory(layout: Layout | None, world_size: int, wire: str = "fp32", keeps_mean: bool = False) -> None:
     """Raises ConfigurationError, saying how much is needed, where the ranks do not fit into memory. Allocates nothing.
 
     A replica with its work holds five vectors: the parameters, their gradients, momentum, residual and what it sends;
-    with a wire format the latest mean too.
+    with a wire format the latest mean too, and with momentum of the mean.
     """
-    vectors = 5 if wire == "fp32" else 6
+    vectors = 5 + (wire != "fp32") + keeps_mean
     needed = world_size * (BYTES_A_RANK if layout is None else vectors * vector_of(layout).nbytes)
     available = available_bytes()
     if needed > available:
@@ -170,6 +170,7 @@ def plan(
     compute, network = cluster(settings, world_size, own_step_s)
     algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
     algorithm.check_wire(settings.wire)
+    algorithm.check_momentum(settings.momentum)
     return Plan(
         algorithm,
         ranks=world_size,

@@ -113,7 +113,9 @@ class TimingReplica:
         self._sent_step = self.tally.local_steps
         return fragment.sent
 
-    def correct(self, fragment: SizedFragment, sent: Contribution, outcome: Mean | Failure) -> None:
+    def correct(
+        self, fragment: SizedFragment, sent: Contribution, outcome: Mean | Failure, momentum: float = 0.0
+    ) -> None:
         """See Replica."""
         if not isinstance(outcome, Failure) and fragment.index not in self._arrived:
             self._snapshot_step[fragment.index] = self._sent_step
