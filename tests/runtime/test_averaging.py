@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -399,6 +400,27 @@ def test_a_resumed_rank_reckons_from_the_same_latest_mean_as_the_others():
     for averaging in (*before, *after):
         averaging.close("test over")
     assert [averaging._coded.latest.unique().tolist() for averaging in after] == [[1.0], [1.0]]
+
+
+def test_a_resumed_rank_goes_on_with_the_momentum_of_rank_0s_mean():
+    def attached_pair():
+        network = Network(2, deliver_at_once=True)
+        models = [Point([0.0, 0.0]) for _ in range(2)]
+        with_momentum = {"algorithm_settings": {"outer_momentum": 0.9}}
+        made = wait_all([lambda r=r: attach(models[r], network.group(r), **with_momentum) for r in range(2)])
+        return [averaging for averaging, _ in raise_any(made)]
+
+    before = attached_pair()
+    for rank, averaging in enumerate(before):
+        averaging.replica.load_latest_mean(torch.tensor([1.0 + rank, 0.5]))
+    states = [averaging.state_dict() for averaging in before]
+    after = attached_pair()
+    assert all(math.isnan(value) for value in after[1].state_dict()["latest_mean"].tolist()), "nothing is known yet"
+    raise_any(wait_all([lambda r=r: after[r].load_state_dict(states[r]) for r in range(2)]))
+    resumed = [averaging.state_dict()["latest_mean"].tolist() for averaging in after]
+    for averaging in (*before, *after):
+        averaging.close("test over")
+    assert resumed == [[1.0, 0.5], [1.0, 0.5]]
 
 
 # Closing
