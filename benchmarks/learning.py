@@ -1,7 +1,7 @@
 """What never waiting costs per sample, and what wins it back: real gradients, in virtual time, at equal samples.
 
     python benchmarks/learning.py screen --data cifar10.tar.xz --runs kept      all candidates in one cell
-    python benchmarks/learning.py delay --data cifar10.tar.xz --runs kept       the survivors, by delay
+    python benchmarks/learning.py delay --data cifar10.tar.xz --runs kept       the same by delay
     python benchmarks/learning.py screen --data cifar10.tar.xz --candidates "full;int8" --seeds 0
 
 A cell is what all candidates are put through: data set, ranks, how many local steps the whole float32 vector is on the

@@ -166,7 +166,7 @@ def _crossover(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _drift_limits(result: Result) -> str:
-    """Momenta and fragments down, delays across; a dash where the fragments do not divide the delay."""
+    """Momenta and fragments down, delays across; empty where the fragments do not divide the delay."""
     found = {(one["momentum"], one["fragments"], one["delay"]): one for one in result["figures"]["limits"]}
     momenta, fragments, delays = (list(dict.fromkeys(key[k] for key in found)) for k in range(3))
     lines = ["| momentum | fragments | " + " | ".join(f"delay {delay}" for delay in delays) + " | alone |"]

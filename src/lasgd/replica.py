@@ -5,6 +5,7 @@ Two threads meet here, and nowhere else:
     thing                        written by                                    hands over
     model's tensors (x)          training thread                               never; the communicator only reads
     residual (r), `_holding`     communicator corrects, training thread shows  under `_lock`
+    latest mean, `_known`        communicator                                  copied under `_lock`, for checkpoints
     flat buffers of a round      communicator                                  never
 
 Why an unlocked, torn snapshot of x is harmless (design, section 1):
@@ -384,9 +385,12 @@ class Replica:
         """
         if self._latest is None:
             return None
+        begin_s = time.monotonic()
         if not self._lock.acquire(timeout=timeout_s):
-            raise PeerError(f"the communicator held the residual for more than {timeout_s:g} s")
+            raise PeerError(f"the communicator held the latest mean for more than {timeout_s:g} s")
+        self.tally.waited_s += time.monotonic() - begin_s
         try:
+            self.fences.before_merge()
             is_whole = len(self._known) == len(self.fragments)
             return self._latest.to("cpu", copy=True) if is_whole else torch.full(self._latest.shape, math.nan)
         finally:
@@ -399,6 +403,7 @@ class Replica:
             self._latest.copy_(latest)
             # Buffers have no momentum, and whatever was there in their place.
             self._known = set() if bool(latest.isnan().all()) else set(range(len(self.fragments)))
+            self.fences.merged()
 
     @property
     def keeps_mean(self) -> bool:

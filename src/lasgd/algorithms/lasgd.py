@@ -10,8 +10,8 @@ arXiv 2203.13085 (2022).
     average      m   = (1/n) sum_j s_j            all-reduce, while local steps go on
     correct      r_i <- r_i + (m - s_i) + beta (m - m')     when m arrives; m' is these elements' mean before
 
-x_i is the model's parameters, r_i `replica`'s residual, n `world_size`, beta `outer_momentum`. Corrections sum to zero
-over the ranks, so the mean of all x_i + r_i changes by local steps and its momentum only.
+x_i is the model's parameters, r_i `replica`'s residual, n `world_size`, beta `outer_momentum`. The m - s_i sum to zero
+over the ranks, and the rest is equal on all, so the mean of all x_i + r_i changes by local steps and its momentum only.
 
 With beta = 0, the default, momentum is the optimizers' own, and stays with its rank. With beta = 0.9 and optimizers
 without momentum the mean moves as with momentum 0.9 in each of them and the same learning rate, while one rank's noise
