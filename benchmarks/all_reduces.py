@@ -6,15 +6,12 @@ Each rank is a process in a network namespace, as in `lasgd train`, and prints w
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-_PORT = "29500"  # in a namespace of its own every port is free
-_TIMEOUT_S = 300.0
+import linked_ranks
 
 Times = list[tuple[float, float]]
 """(begin_s, end_s) of each all-reduce on one rank's clock, which is all ranks' on one machine."""
@@ -27,36 +24,8 @@ def measure(
 
     Raises ConfigurationError where links cannot be emulated by namespaces, RuntimeError for a rank that fails.
     """
-    from lasgd.lab.network import ShapedNetwork
-
-    with ShapedNetwork(world_size, bandwidth_bytes_per_s) as network:
-        words = [str(Path(__file__).resolve()), json.dumps([list(sizes), repeats, pause_s])]
-        ranks = [
-            subprocess.Popen(
-                [*network.command_prefix(rank), sys.executable, *words],
-                env=os.environ
-                | network.environment(rank)
-                | {
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": network.rank_address(0),
-                    "MASTER_PORT": _PORT,
-                    "OMP_NUM_THREADS": "1",
-                },
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            printed = [rank.communicate(timeout=_TIMEOUT_S)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"the ranks of the all-reduces ended with {[rank.returncode for rank in ranks]}")
-    of_ranks = [json.loads(text) for text in printed]
+    asked = [list(sizes), repeats, pause_s]
+    of_ranks = linked_ranks.printed(Path(__file__).resolve(), asked, world_size, bandwidth_bytes_per_s)
     return {
         size: [[(begin_s, end_s) for begin_s, end_s in times[k]] for times in of_ranks] for k, size in enumerate(sizes)
     }

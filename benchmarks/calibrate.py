@@ -1,6 +1,7 @@
 """How far the simulator is from real runs: the same runs of both, predicted against measured.
 
     network    all-reduces alone, 4 ranks on emulated links of 20 and 100 Mbit/s      within 10 %
+    messages   messages that share such a link, as a server's workers send them       within 10 %
     time       local steps per second and time per round, 4 ranks, cnn4, batch 16     within 10 %
     learning   top-1 after 60,000 samples of CIFAR-10, mean of 3 seeds                within 2 points
 
@@ -8,9 +9,9 @@ A prediction is made of the condition, the length of the model's vector and the 
 in the runs that it predicts goes into it, nor into any constant of the simulator.
 
     python benchmarks/calibrate.py --data cifar10.tar.xz --runs kept       all of it; what `kept` holds is not run again
-    python benchmarks/calibrate.py --part network,time                     without learning
+    python benchmarks/calibrate.py --part network,messages,time            without learning
     python benchmarks/calibrate.py --part time --quick --algorithms lasgd  does it work?
-    python benchmarks/calibrate.py --part time --algorithms ad_psgd,parameter_server --out FILE    a record of a part
+    python benchmarks/calibrate.py --part messages,time --algorithms ad_psgd,parameter_server --out FILE    of a part
     python benchmarks/calibrate.py --draw                                  the figure again, from the stored result
 """
 
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import all_reduces
+import messages
 from common import FOLDER, RESULTS, Bar, Report, arguments_for, run_card, spread, where_to_store
 from lasgd.algorithms import registry
 from lasgd.lab.conditions import parse
@@ -43,10 +45,12 @@ from lasgd.lab.simulation import Plan, simulated
 from lasgd.lab.virtual_conditions import from_condition
 from lasgd.pace import Column
 from lasgd.training.run_folder import RunRecord, read_metrics, read_run
+from lasgd.virtual.flows import Flows
+from lasgd.virtual.network_models import Network
 from lasgd.virtual.timing_replica import Vector
 from retention import PADDING_OVERRUN, make_images
 
-PARTS = ("network", "time", "learning")
+PARTS = ("network", "messages", "time", "learning")
 RANKS, MODEL, BATCH_SIZE = 4, "cnn4", 16
 ALGORITHMS = ("lasgd", "local_sgd", "sync_sgd", "ad_psgd", "parameter_server")
 STEPS_PER_ROUND = {"local_sgd": 10}
@@ -58,6 +62,14 @@ VECTOR_BYTES = (100_000, 400_000, 1_565_864)
 """Of the all-reduces alone; the last is cnn4's vector."""
 PAUSE_S = 0.3
 """Longer than the emulated link needs to fill its bucket."""
+TOGETHER = {
+    "one": (0.0,),
+    "two at once": (0.0, 0.0),
+    "one half a message after the other": (0.0, 0.5),
+    "three at once": (0.0, 0.0, 0.0),
+    "three, a third of a message apart": (0.0, 1 / 3, 2 / 3),
+}
+"""When messages to one rank begin, in units of what one takes on its own."""
 WITHIN, WITHIN_POINTS = 0.10, 2.0
 FIGURE = FOLDER.parent / "docs" / "images" / "calibration.svg"
 FIGURE_SAYS = "Predicted over measured rates and times, a dot each, around the band from 0.9 to 1.1."
@@ -326,6 +338,51 @@ def network_part(report: Report, repeats: int) -> None:
         ]
 
 
+def messages_part(report: Report, repeats: int) -> None:
+    """Messages of cnn4's vector to one rank: when the last one of each case is there, and each of them."""
+    from lasgd.lab.network import why_not_namespaces
+
+    world_size, n_bytes = 1 + max(map(len, TOGETHER.values())), VECTOR_BYTES[-1]
+    table = _Table("link", "messages", "which", unit="s")
+    why_not = why_not_namespaces(world_size=world_size)
+    if why_not is not None:
+        report.notes.append(f"Messages: not measured, because {why_not}.")
+    figures = report.figures["messages"] = {}
+    for link in LINKS:
+        condition = parse(f"link={link}+step=100ms")
+        assert condition.bandwidth_bytes_per_s is not None
+        _, network = from_condition(condition, world_size, 0)
+        alone_s = network.message_s(1, 0, n_bytes)
+        cases = {name: [share * alone_s for share in shares] for name, shares in TOGETHER.items()}
+        found = None
+        if why_not is None:
+            found = messages.measure(condition.bandwidth_bytes_per_s, n_bytes, list(cases.values()), alone_s, repeats)
+        for k, (name, begins_s) in enumerate(cases.items()):
+            what = f"messages: {link}, {name}, the last one there"
+            if found is None:
+                report.add(_bar(what, None))
+                continue
+            predicted_s = [took_s for _, took_s in sorted(shared(network, begins_s, n_bytes).items())]
+            figures[f"{link}, {name}"] = {"predicted_s": predicted_s, "measured_s": found[k]}
+            last_s = max(map(sum, zip(begins_s, predicted_s, strict=True)))
+            measured_last_s = [max(map(sum, zip(begins_s, took_s, strict=True))) for took_s in found[k]]
+            report.add(_bar(what, [deviation(last_s, each) for each in measured_last_s]))
+            for which, took_s in enumerate(zip(*found[k], strict=True)):
+                table.add((link, name, str(which + 1)), predicted_s[which], statistics.fmean(took_s))
+    report.notes += table.lines
+
+
+def shared(network: Network, begins_s: Sequence[float], n_bytes: int) -> dict[int, float]:
+    """Seconds that messages of ranks 1, 2, ... to rank 0 take which begin at these times; from 0 on, in this order."""
+    flows, took_s = Flows(network), {}
+    for sender, begin_s in enumerate(begins_s, start=1):
+        flows.start(begin_s, sender, 0, n_bytes)
+    while (turn := flows.next_turn()) is not None:
+        for at_s, flow in flows.advance(turn[0]):
+            took_s[flow] = at_s - begins_s[flow]
+    return took_s
+
+
 def time_part(
     report: Report,
     algorithms: Sequence[str],
@@ -581,6 +638,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if "network" in arguments.part:
             network_part(report, 5 if quick else 15)
+        if "messages" in arguments.part:
+            messages_part(report, 3 if quick else 10)
         if "time" in arguments.part:
             time_part(report, arguments.algorithms, arguments.conditions, seeds, seconds, folder)
         if "learning" in arguments.part:

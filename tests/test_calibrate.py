@@ -19,7 +19,7 @@ LINK = "link=20mbit+step=100ms"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     yield
-    for name in ("all_reduces", "calibrate", "common", "retention"):
+    for name in ("all_reduces", "calibrate", "common", "linked_ranks", "messages", "retention"):
         sys.modules.pop(name, None)
 
 
@@ -33,6 +33,14 @@ def test_a_round_lasts_from_when_the_last_rank_joined_whatever_the_clocks_say():
     assert rounds_within(intervals, 0.0, 10.0) == [(3.0, 0.5), (5.5, 0.5)]
     assert rounds_within(intervals, 4.0, 10.0) == [(5.5, 0.5)]
     assert rounds_within(intervals, 0.0, 5.0) == [(3.0, 0.5)], "what begins at the agreed end is no round of the run"
+
+
+def test_messages_that_share_a_link_are_foretold_from_when_each_begins():
+    from calibrate import shared
+    from lasgd.virtual.network_models import Network
+
+    assert shared(Network(3, 100.0), [0.0, 0.5], 100) == pytest.approx({0: 1.5, 1: 1.5})
+    assert shared(Network(3, 100.0, first_window_bytes=1.0, full_window_s=10.0), [0.0, 0.5], 100)[0] < 1.2
 
 
 def test_staleness_counts_the_steps_from_snapshot_to_merge():

@@ -176,18 +176,34 @@ def test_the_number_of_torchs_threads_changes_no_byte_of_the_trace(algorithm):
     assert traces[0] == traces[1] == traces[2]
 
 
+def pulls_of_a_servers_workers(**of_the_network) -> list[list[float]]:
+    """How long each of three workers waits each time, one after the other, whose message alone would take 0.63 s."""
+    plan = Plan(
+        registry.find("parameter_server"),
+        ranks=4,
+        compute=Constant(0.1),
+        network=Network(4, 2.5e6, **of_the_network),
+        vector=Vector(391_466),
+        samples=None,
+        seconds=120.0,
+    )
+    waits: list[list[float]] = [[] for _ in range(4)]
+
+    def note(rank: int, kind: str, begin_s: float, end_s: float) -> None:
+        if kind == "wait":
+            waits[rank].append(end_s - begin_s)
+
+    simulated(plan, note)
+    return waits[1:]
+
+
 def test_uneven_shares_keep_the_workers_of_a_server_from_marching_in_step():
     # In step the server's link down rests while all pull, and up while all push: half of what it could carry.
-    def pushes(share_spread: float) -> int:
-        plan = Plan(
-            registry.find("parameter_server"),
-            ranks=4,
-            compute=Constant(0.1),
-            network=Network(4, 2.5e6, share_spread=share_spread),
-            vector=Vector(391_466),
-            samples=None,
-            seconds=120.0,
-        )
-        return sum(rank.tally.exchanges for rank in simulated(plan).ranks[1:])
+    in_step, uneven = (sum(map(len, pulls_of_a_servers_workers(share_spread=spread))) for spread in (0.0, 0.2))
+    assert uneven > 1.2 * in_step
 
-    assert pushes(0.3) > 1.2 * pushes(0.0)
+
+def test_with_windows_the_workers_of_a_server_fall_into_taking_turns():
+    settled = [waits[-20:-1] for waits in pulls_of_a_servers_workers(share_spread=0.2, first_window_bytes=90_000)]
+    # The link is never idle: three messages between one pull of a worker and its next, a step of 0.1 s among them.
+    assert [sum(waits) / len(waits) for waits in settled] == pytest.approx([3 * 0.6264 - 0.1] * 3, rel=0.02)

@@ -57,10 +57,15 @@ def test_a_round_takes_at_least_what_the_condition_says_and_a_part_its_share():
 def test_without_a_link_the_own_network_is_kept_and_costs_nothing_if_there_is_none():
     own = Network(4, 100.0)
     kept = from_condition(parse("step=100ms"), 4, 0, own_network=own)[1]
-    assert kept == dataclasses.replace(own, share_spread=SHARE_SPREAD)
-    spread = SHARE_SPREAD
-    assert from_condition(parse("round=1s"), 4, 0, 0.1, own)[1] == Network(4, 100.0, round_s=1.0, share_spread=spread)
-    assert from_condition(parse("step=100ms"), 4, 0) == (Constant(0.1), Network(4, math.inf, share_spread=spread))
+    tcp = {"share_spread": SHARE_SPREAD, "first_window_bytes": 15_000}
+    assert kept == dataclasses.replace(own, **tcp)
+    assert from_condition(parse("round=1s"), 4, 0, 0.1, own)[1] == Network(4, 100.0, round_s=1.0, **tcp)
+    assert from_condition(parse("step=100ms"), 4, 0) == (Constant(0.1), Network(4, math.inf, **tcp))
+
+
+def test_a_first_window_is_ten_frames_of_the_link():
+    assert from_condition(parse("link=20mbit+step=100ms"), 4, 0)[1].first_window_bytes == 90_000
+    assert from_condition(parse("link=1mbit+step=100ms"), 4, 0)[1].first_window_bytes == 15_000
 
 
 def test_a_step_without_a_length_is_refused():

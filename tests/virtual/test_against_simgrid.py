@@ -73,8 +73,8 @@ def ends_s(up, down, messages) -> list[float]:
     flows = Flows(Network(len(up), up, down, latency_s=LATENCY_S))
     numbers = {flows.start(*messages[k]): k for k in sorted(range(len(messages)), key=lambda k: messages[k][0])}
     ends = [0.0] * len(messages)
-    while (end := flows.next_end()) is not None:
-        for at_s, flow in flows.advance(end[0]):
+    while (turn := flows.next_turn()) is not None:
+        for at_s, flow in flows.advance(turn[0]):
             ends[numbers[flow]] = at_s
     return ends
 

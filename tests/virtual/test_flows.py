@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasgd.errors import ProtocolError
+from lasgd.errors import ConfigurationError, ProtocolError
 from lasgd.virtual.flows import Arrival, Flows, max_min_rates
 from lasgd.virtual.network_models import Network, Nodes
 
@@ -88,8 +89,8 @@ def test_a_capacity_of_nothing_is_refused():
 
 def drained(flows: Flows) -> list[Arrival]:
     arrivals = []
-    while (end := flows.next_end()) is not None:
-        arrivals += flows.advance(end[0])
+    while (turn := flows.next_turn()) is not None:
+        arrivals += flows.advance(turn[0])
     return arrivals
 
 
@@ -97,11 +98,11 @@ def test_a_message_alone_takes_its_latency_once_and_its_bytes_at_the_slowest_lin
     network = Network(2, up_bytes_per_s=[100.0, 100.0], down_bytes_per_s=[100.0, 20.0], latency_s=0.5)
     flows = Flows(network)
     flow = flows.start(3.0, 0, 1, 40)
-    assert flows.next_end() == (5.0, flow)
+    assert flows.next_turn() == (5.0, flow)
     assert flows.advance(4.9) == []
     assert flows.advance(6.0) == [Arrival(5.5, flow)]
     assert network.message_s(0, 1, 40) == 2.5
-    assert flows.next_end() is None
+    assert flows.next_turn() is None
 
 
 def test_what_everybody_sends_to_a_server_waits_for_the_servers_link():
@@ -129,7 +130,7 @@ def test_a_message_that_ends_leaves_its_share_to_the_others():
 def test_a_message_that_begins_takes_a_share_from_the_others():
     flows = Flows(Network(3, 100.0))
     flows.start(0.0, 1, 0, 100)
-    assert flows.next_end() == (1.0, 0)
+    assert flows.next_turn() == (1.0, 0)
     flows.start(0.5, 2, 0, 100)
     assert drained(flows) == [Arrival(1.5, 0), Arrival(2.0, 1)]
 
@@ -161,17 +162,17 @@ def test_a_backbone_is_shared_by_all():
 def test_messages_that_touch_no_common_link_do_not_change_each_other():
     flows = Flows(Network(4, 3.0))
     flows.start(0.0, 0, 1, 1)
-    alone = flows.next_end()
+    alone = flows.next_turn()
     for _ in range(5):
         flows.start(0.05, 2, 3, 0.7)
-    assert flows.next_end() == alone
+    assert flows.next_turn() == alone
 
 
 def test_empty_messages_and_those_to_oneself_end_at_once():
     flows = Flows(Network(2, 100.0, latency_s=0.5))
     flows.start(1.0, 0, 1, 0)
     flows.start(1.0, 0, 0, 100)
-    assert flows.next_end() == (1.0, 0)
+    assert flows.next_turn() == (1.0, 0)
     assert flows.advance(1.0) == [Arrival(1.5, 0), Arrival(1.0, 1)]
 
 
@@ -215,7 +216,7 @@ def test_the_same_starts_give_the_same_arrivals_however_often_one_looks(starts):
         flows = Flows(network)
         for at_s, *message in sorted(starts):
             for _ in range(looks):
-                flows.next_end()
+                flows.next_turn()
             flows.start(at_s, *message)
         trace = drained(flows)
         assert len(trace) == len(starts)
@@ -258,6 +259,60 @@ def test_shares_go_by_weight_and_what_a_heavy_flow_cannot_use_the_others_have():
 def test_a_heavier_message_leaves_sooner_and_both_when_the_bytes_are_through():
     flows = Flows(Network(3, 100.0))
     heavy, light = flows.start(0.0, 0, 2, 300, weight=3.0), flows.start(0.0, 1, 2, 300, weight=1.0)
-    assert flows.next_end() == (pytest.approx(4.0), heavy)  # 75 bytes/s
+    assert flows.next_turn() == (pytest.approx(4.0), heavy)  # 75 bytes/s
     flows.advance(4.0)
-    assert flows.next_end() == (pytest.approx(6.0), light)
+    assert flows.next_turn() == (pytest.approx(6.0), light)
+
+
+def test_who_is_well_under_way_keeps_most_of_the_link_until_the_others_window_has_grown():
+    # Windows of 10, 20, 40 bytes, and no more: 0.4 s of the link. The first one's is full when the second begins.
+    flows = Flows(Network(3, 100.0, first_window_bytes=10.0, full_window_s=0.4))
+    first = flows.start(0.0, 0, 2, 1000)
+    assert flows.advance(1.0) == []
+    second = flows.start(1.0, 1, 2, 50)
+    # 10 bytes at 20/s, 20 at 33.3/s, the last 20 at 50/s
+    arrivals = drained(flows)
+    assert arrivals == [Arrival(pytest.approx(2.5), second), Arrival(pytest.approx(10.5), first)]
+
+
+def test_a_windows_growth_costs_a_message_that_is_alone_nothing():
+    network = Network(2, 100.0, latency_s=0.5, first_window_bytes=3.0)
+    flows = Flows(network)
+    flow = flows.start(0.0, 0, 1, 1000)
+    assert drained(flows) == [Arrival(pytest.approx(network.message_s(0, 1, 1000)), flow)]
+
+
+def test_messages_that_begin_together_share_evenly_whatever_their_windows():
+    flows = Flows(Network(4, 100.0, first_window_bytes=7.0))
+    for source in range(3):
+        flows.start(0.0, source, 3, 100)
+    assert drained(flows) == [Arrival(pytest.approx(3.0), flow) for flow in range(3)]
+
+
+@given(st.lists(messages, max_size=12), st.sampled_from([1.0, 30.0, 1e9]), st.sampled_from([1e-9, 0.5, 1e9]))
+@few
+def test_windows_neither_lose_nor_add_bytes(starts, first_window_bytes, full_window_s):
+    plain = Network(4, [100.0, 50.0, 70.0, 10.0])
+    network = dataclasses.replace(plain, first_window_bytes=first_window_bytes, full_window_s=full_window_s)
+    server, began = 3, [(at_s, source, n_bytes) for at_s, source, _, n_bytes in sorted(starts) if source != 3]
+    last_s = []
+    for links in (plain, network):
+        flows = Flows(links)
+        for at_s, source, n_bytes in began:
+            flows.start(at_s, source, server, n_bytes)
+        arrivals = drained(flows)
+        assert sorted(flow for _, flow in arrivals) == list(range(len(began)))
+        for at_s, flow in arrivals:
+            begin_s, source, n_bytes = began[flow]
+            assert at_s >= begin_s + network.message_s(source, server, n_bytes) * (1 - NEARLY)
+        last_s.append(max((at_s for at_s, _ in arrivals), default=0.0))
+    assert last_s[0] == pytest.approx(last_s[1])  # the server's link, the slowest one, is as busy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"first_window_bytes": 0.0}, "first_window_bytes is 0.0"), ({"full_window_s": math.inf}, "full_window_s is inf")],
+)
+def test_a_window_that_holds_nothing_or_everything_is_refused(wrong, said):
+    with pytest.raises(ConfigurationError, match=said):
+        Network(2, 100.0, **wrong)

@@ -31,8 +31,8 @@ def in_steps_s(network: Network, steps, n_bytes: float) -> float:
             flows, last_s = Flows(network), now_s
             for source, target in step.pairs:
                 flows.start(now_s, source, target, n_bytes * step.share)
-            while (end := flows.next_end()) is not None:
-                last_s = max([last_s, *(arrival.at_s for arrival in flows.advance(end[0]))])
+            while (turn := flows.next_turn()) is not None:
+                last_s = max([last_s, *(arrival.at_s for arrival in flows.advance(turn[0]))])
             now_s = last_s
     return now_s
 
@@ -49,8 +49,8 @@ def ring_s(network: Network, members: list[int], n_bytes: float) -> float:
             if not sending[i] and sent[i] < 2 * (n - 1) and sent[i] <= received[i]:
                 sending[i] = True
                 position[flows.start(now_s, members[i], members[(i + 1) % n], n_bytes / n)] = i
-        end = flows.next_end()
-        now_s = min([*(at_s for at_s, _ in due), *([end[0]] if end else [])])
+        turn = flows.next_turn()
+        now_s = min([*(at_s for at_s, _ in due), *([turn[0]] if turn else [])])
         for at_s, flow in flows.advance(now_s):
             sender = position[flow]
             sending[sender] = False

@@ -72,9 +72,12 @@ def test_what_a_rank_writes_to_itself_is_there_at_once():
     st.sampled_from([10.0, 100.0, math.inf]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0.0, 0.5]),
+    st.sampled_from([2.0, math.inf]),
 )
-def test_every_message_arrives_once_in_the_order_of_its_way_and_in_time(letters, bytes_per_s, latency_s, uneven):
-    network = Network(4, bytes_per_s, latency_s=latency_s, share_spread=uneven)
+def test_every_message_arrives_once_in_the_order_of_its_way_and_in_time(
+    letters, bytes_per_s, latency_s, uneven, window_bytes
+):
+    network = Network(4, bytes_per_s, latency_s=latency_s, share_spread=uneven, first_window_bytes=window_bytes)
     arrived = posted(network, letters)
     assert sorted(number for *_, number in arrived) == list(range(len(letters)))
     assert arrived == posted(network, letters)

@@ -7,12 +7,14 @@ import math
 
 from lasgd.errors import ConfigurationError
 from lasgd.lab.conditions import Condition
-from lasgd.lab.frames import payload_share
+from lasgd.lab.frames import ORDINARY_BYTES, mtu_bytes, payload_share
 from lasgd.virtual.compute_models import ComputeModel, Constant, Stalls, Stragglers
 from lasgd.virtual.network_models import Network
 
-SHARE_SPREAD = 0.3
-"""How unevenly messages share a link: chosen, not fitted. It is there so that ranks do not march in step for ever."""
+SHARE_SPREAD = 0.2
+"""How unevenly messages share a link that begin together. It is there so that ranks do not march in step for ever."""
+FIRST_FRAMES = 10
+"""What TCP lets out before the first word comes back. Source: RFC 6928, Chu et al. (2013)."""
 
 
 def from_condition(
@@ -40,9 +42,16 @@ def from_condition(
     if condition.bandwidth_bytes_per_s is not None:
         link = condition.bandwidth_bytes_per_s
         network = Network(world_size, link * payload_share(link), latency_s=condition.latency_s)
+        frame_bytes = mtu_bytes(link)
     else:
         network = own_network or Network(world_size, math.inf)
-    network = dataclasses.replace(network, share_spread=SHARE_SPREAD, round_s=condition.round_s or network.round_s)
+        frame_bytes = ORDINARY_BYTES
+    network = dataclasses.replace(
+        network,
+        round_s=condition.round_s or network.round_s,
+        share_spread=SHARE_SPREAD,
+        first_window_bytes=FIRST_FRAMES * frame_bytes,
+    )
     return slowed(Constant(step_s), condition, world_size, seed), network
 
 

@@ -2,6 +2,11 @@
 
 Shares are max-min fair: no message can have more without another one having less that has no more already. That is
 what many TCP connections come near to on shared links, and what SimGrid's network models compute.
+
+A message that has just begun has less than one that is well under way: TCP lets out a first window, and twice as much
+each time that a window has been acknowledged (slow start), until it fills the link's queue; and shares of a full queue
+are the windows'. With `Network.first_window_bytes` a message's weight grows like that, and who came first is through
+first. Source: RFC 5681, Allman, Paxson, Blanton (2009), TCP Congestion Control, section 3.1.
 """
 
 from __future__ import annotations
@@ -77,7 +82,10 @@ class Arrival(NamedTuple):
 
 
 class _Flow:
-    __slots__ = ("end_s", "id", "latency_s", "left_bytes", "path", "rate", "since_s", "weight")
+    __slots__ = (
+        *("full_bytes", "id", "latency_s", "left_bytes", "path", "rate", "since_s", "turn_bytes", "turn_s"),
+        *("weight", "window_bytes"),
+    )
 
     def __init__(
         self, id: int, path: tuple[Resource, ...], n_bytes: float, latency_s: float, now_s: float, weight: float
@@ -87,22 +95,31 @@ class _Flow:
         """At `since_s`, since when `rate` is what it is."""
         self.rate = 0.0
         self.since_s = now_s
-        self.end_s = math.inf
+        self.turn_s, self.turn_bytes = math.inf, 0.0
+        """When its window grows next, or else its last byte leaves; and what is left of it then."""
+        self.window_bytes = self.full_bytes = 1.0
+
+    def open_window(self, window_bytes: float, full_bytes: float) -> None:
+        """It has `window_bytes` under way now; where that is full, no more than `full_bytes` from now on."""
+        self.window_bytes, self.full_bytes = min(window_bytes, full_bytes), full_bytes
+        is_full = self.window_bytes == full_bytes
+        self.turn_bytes = 0.0 if is_full else max(self.left_bytes - self.window_bytes, 0.0)
 
 
 class Flows:
     """Messages between ranks in virtual time, for a driver that asks when the next one ends.
 
         flow = flows.start(now_s, source, target, n_bytes)
-        end_s, flow = flows.next_end()            # if nothing else is started before
-        for at_s, flow in flows.advance(end_s):   # arrivals, each told once
+        turn_s, flow = flows.next_turn()           # if nothing else is started before
+        for at_s, flow in flows.advance(turn_s):   # arrivals, each told once
 
-    A message holds its links from its start until its last byte has left them (`end_s`), and arrives its latency later.
+    A message holds its links from its start until its last byte has left them, and arrives its latency later.
     Time never runs backwards. Everything is deterministic: at equal times the message that was started first comes
     first.
 
-    A start or an end costs a new sharing among the messages that it touches through shared links, directly or not:
-    little for pairs of ranks, all of them at a server. Starts at one time, and ends at one time, are shared out once.
+    A start, an end or a grown window costs a new sharing among the messages that it touches through shared links,
+    directly or not: little for pairs of ranks, all of them at a server. Starts at one time, and ends at one time, are
+    shared out once.
     """
 
     def __init__(self, network: Network) -> None:
@@ -112,8 +129,8 @@ class Flows:
         self._on: dict[Resource, dict[int, _Flow]] = {}
         self._touched: dict[Resource, None] = {}
         """Links whose messages have changed since they were last shared out. A dictionary, for its order."""
-        self._ends: list[tuple[float, int]] = []
-        """A heap. An entry holds while it is its flow's `end_s`."""
+        self._turns: list[tuple[float, int]] = []
+        """A heap. An entry holds while it is its flow's `turn_s`."""
         self._arrivals: list[Arrival] = []
         self._started = 0
 
@@ -136,6 +153,9 @@ class Flows:
         self._started += 1
         self._flows[flow.id] = flow
         if path:
+            if network.first_window_bytes != math.inf:
+                slowest = min(map(network.capacity, path))
+                flow.open_window(network.first_window_bytes, network.full_window_s * slowest)
             for resource in path:
                 self._on.setdefault(resource, {})[flow.id] = flow
                 self._touched[resource] = None
@@ -143,18 +163,18 @@ class Flows:
             self._set_rate(flow, math.inf)
         return flow.id
 
-    def next_end(self) -> tuple[float, int] | None:
-        """When the next message's last byte leaves its links, and which; None if there is none."""
+    def next_turn(self) -> tuple[float, int] | None:
+        """When the next message's last byte leaves its links, or its window grows, and whose; None if there is none."""
         self._share_out()
-        while self._ends:
-            end_s, id = self._ends[0]
-            if (flow := self._flows.get(id)) is not None and flow.end_s == end_s:
-                return end_s, id
-            heapq.heappop(self._ends)
+        while self._turns:
+            turn_s, id = self._turns[0]
+            if (flow := self._flows.get(id)) is not None and flow.turn_s == turn_s:
+                return turn_s, id
+            heapq.heappop(self._turns)
         return None
 
     def advance(self, now_s: float) -> list[Arrival]:
-        """Moves the time on; returns what has left its links up to then and was not told before, by `end_s`."""
+        """Moves the time on; returns what has left its links up to then and was not told before, in that order."""
         self._move_to(now_s)
         arrivals, self._arrivals = self._arrivals, []
         return arrivals
@@ -162,19 +182,26 @@ class Flows:
     def _move_to(self, now_s: float) -> None:
         if not now_s >= self._now_s:
             raise ProtocolError(f"flows: time runs from {self._now_s} back to {now_s} s")
-        while (end := self.next_end()) is not None and end[0] <= now_s:
-            self._now_s = end[0]
-            while self._ends and self._ends[0][0] == self._now_s:
-                _, id = heapq.heappop(self._ends)
-                if (flow := self._flows.get(id)) is not None and flow.end_s == self._now_s:
-                    self._finish(self._flows.pop(id))
+        while (turn := self.next_turn()) is not None and turn[0] <= now_s:
+            self._now_s = turn[0]
+            while self._turns and self._turns[0][0] == self._now_s:
+                _, id = heapq.heappop(self._turns)
+                if (flow := self._flows.get(id)) is not None and flow.turn_s == self._now_s:
+                    self._turn(flow)
         self._now_s = now_s
 
-    def _finish(self, flow: _Flow) -> None:
-        self._arrivals.append(Arrival(flow.end_s + flow.latency_s, flow.id))
+    def _turn(self, flow: _Flow) -> None:
+        for resource in flow.path:
+            self._touched[resource] = None
+        if flow.turn_bytes:
+            flow.left_bytes, flow.since_s = flow.turn_bytes, self._now_s
+            flow.rate, flow.turn_s = 0.0, math.inf  # until it is shared out anew
+            flow.open_window(2 * flow.window_bytes, flow.full_bytes)
+            return
+        del self._flows[flow.id]
+        self._arrivals.append(Arrival(self._now_s + flow.latency_s, flow.id))
         for resource in flow.path:
             del self._on[resource][flow.id]
-            self._touched[resource] = None
 
     def _share_out(self) -> None:
         """Brings the rates up to date, of all messages that are connected to a touched link."""
@@ -193,14 +220,14 @@ class Flows:
         self._touched.clear()
         flows = [found[id] for id in sorted(found)]
         capacities = {link: self._network.capacity(link) for link in links}
-        weights = [flow.weight for flow in flows]
+        weights = [flow.weight * flow.window_bytes for flow in flows]
         for flow, rate in zip(flows, max_min_rates([flow.path for flow in flows], capacities, weights), strict=True):
             if rate != flow.rate:
                 self._set_rate(flow, rate)
 
     def _set_rate(self, flow: _Flow, rate: float) -> None:
         now_s = self._now_s
-        flow.left_bytes = max(flow.left_bytes - flow.rate * (now_s - flow.since_s), 0.0)
+        flow.left_bytes = max(flow.left_bytes - flow.rate * (now_s - flow.since_s), flow.turn_bytes)
         flow.rate, flow.since_s = rate, now_s
-        flow.end_s = now_s + flow.left_bytes / rate
-        heapq.heappush(self._ends, (flow.end_s, flow.id))
+        flow.turn_s = now_s + (flow.left_bytes - flow.turn_bytes) / rate
+        heapq.heappush(self._turns, (flow.turn_s, flow.id))

@@ -8,7 +8,7 @@
 Every rank has a link of its own, with a bandwidth each way. Where there are nodes, what leaves a node crosses the
 node's link too, which its ranks share. What no link limits can still be limited by the backbone. A message costs what
 Hockney's model says, latency_s + n_bytes/bandwidth, with the bandwidth of the slowest link on its path; messages that
-are on their way at the same time share links fairly (max-min).
+are on their way at the same time share links fairly (max-min), or by their windows.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ class Network:
     """An all-reduce of the whole vector takes at least this long, of a part its share."""
     share_spread: float = 0.0
     """Of the shares that messages between ranks have of a link: the standard deviation of their weights' logarithm."""
+    first_window_bytes: float = math.inf
+    """Of a message between ranks, what may be under way when it begins; its share grows from there (flows.py)."""
+    full_window_s: float = 0.1
+    """Up to what its slowest link carries in this time."""
     _costs: dict[tuple[tuple[int, ...], str], AlphaBeta] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -118,6 +122,14 @@ class Network:
             )
         if not 0 <= self.round_s < math.inf:
             raise ConfigurationError(f"network: round_s is {self.round_s!r}; expected a finite number from 0 on.")
+        if not self.first_window_bytes > 0:
+            raise ConfigurationError(
+                f"network: first_window_bytes is {self.first_window_bytes!r}; expected more than 0."
+            )
+        if not 0 < self.full_window_s < math.inf:
+            raise ConfigurationError(
+                f"network: full_window_s is {self.full_window_s!r}; expected a finite number above 0."
+            )
         if not 0 <= self.share_spread <= 2:
             raise ConfigurationError(f"network: share_spread is {self.share_spread!r}; expected a number from 0 to 2.")
         if self.nodes is not None:

@@ -31,9 +31,9 @@ class Post:
     From one rank to another there is one connection: messages cross it one after another, and arrive in the order in
     which they were sent. What a rank writes to itself is there at the same moment.
 
-    TCP shares a link out unevenly, another way each time. It matters: where all shares are equal, ranks that have once
-    asked a server at the same moment do so for ever, and its link stands idle in between. So each message draws a
-    weight, with the network's `share_spread`; the same ones in every run.
+    TCP shares a link out unevenly among those who begin together, another way each time. It matters: where all shares
+    are equal, ranks that have once asked a server at the same moment do so for ever, and its link stands idle in
+    between. So each message draws a weight, with the network's `share_spread`; the same ones in every run.
     """
 
     def __init__(self, clock: Clock, network: Network, deliver: Callable[[Letter], None]):
@@ -85,8 +85,8 @@ class Post:
                 self._start(self._behind[connection].popleft())
             else:
                 del self._behind[connection]
-        if (end := self._flows.next_end()) is not None:
-            self._look_at(end[0])
+        if (turn := self._flows.next_turn()) is not None:
+            self._look_at(turn[0])
 
 
 class _Look:
