@@ -2,6 +2,10 @@
 
     python benchmarks/learning.py screen --data cifar10.tar.xz --runs kept      all candidates in one cell
     python benchmarks/learning.py delay --data cifar10.tar.xz --runs kept       the same by delay
+    python benchmarks/learning.py ranks --data cifar10.tar.xz --runs kept       with 8 and 16 ranks
+    python benchmarks/learning.py straggler --data cifar10.tar.xz --runs kept   the last rank four times slower
+    python benchmarks/learning.py long --data cifar10.tar.xz --runs kept        twelve passes
+    python benchmarks/learning.py tiny --data tiny-imagenet-20.tar.xz --runs kept
     python benchmarks/learning.py screen --data cifar10.tar.xz --candidates "full;int8" --seeds 0
 
 A cell is what all candidates are put through: data set, ranks, how many local steps the whole float32 vector is on the
@@ -71,8 +75,14 @@ class Cell:
 
 SCREEN = Cell()
 """The prototype's setting: what is known of the candidates before is known of this one."""
-DELAYS = tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0))
-PARTS: dict[str, tuple[Cell, ...]] = {"screen": (SCREEN,), "delay": DELAYS}
+PARTS: dict[str, tuple[Cell, ...]] = {
+    "screen": (SCREEN,),
+    "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
+    "ranks": tuple(Cell(ranks=ranks, delay=delay) for ranks in (8, 16) for delay in (10.0, 20.0)),
+    "straggler": (Cell(straggler="last:4x"),),
+    "long": (Cell(samples=600_000),),
+    "tiny": (Cell(data="tiny-imagenet-20", batch_size=8, samples=30_000),),
+}
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "synchronous": {"algorithm": "sync_sgd"},
@@ -88,9 +98,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "momentum of the mean, whole vector": {"outer_momentum": 0.9, "momentum": 0, "fragments": 1},
     "momentum of the mean, 0.8": {"outer_momentum": 0.8, "momentum": 0},
     "momentum of the mean, int8": {"outer_momentum": 0.9, "momentum": 0, "wire": "int8"},
-    "momentum of both": {"outer_momentum": 0.8, "momentum": 0.5},
+    "momentum of both, 0.8 and 0.5": {"outer_momentum": 0.8, "momentum": 0.5},
+    "momentum of both, 0.5 and 0.8": {"outer_momentum": 0.5, "momentum": 0.8},
 }
-"""Options of `lasgd simulate` by label."""
+"""Options of `lasgd simulate` by label. Where momentum is in both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one:
+so the same learning rate moves the mean as far."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,7 @@ def record(cell: Cell, label: str, lr: float | None, seeds: Sequence[int], runs:
         fragments = run.fragments
     return {
         "cell": asdict(cell),
+        "name": cell.name,
         "candidate": label,
         "options": CANDIDATES[label],
         "lr": lr,
@@ -234,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 or tiny-imagenet, folder or archive")
     parser.add_argument("--runs", type=Path, help="where runs are kept, and found again")
     parser.add_argument("--candidates", help="some of them, separated by semicolons; default all")
+    parser.add_argument("--cells", help="some of the part's, by number from 0, separated by commas; default all")
     parser.add_argument("--seeds", help="separated by commas; default 0,1,2")
     arguments = parser.parse_args(argv)
     labels = arguments.candidates.split(";") if arguments.candidates else list(CANDIDATES)
@@ -242,6 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--candidates: {label!r} is none of {'; '.join(CANDIDATES)}")
     seeds = tuple(map(int, arguments.seeds.split(","))) if arguments.seeds else SEEDS
     cells = PARTS[arguments.part]
+    if arguments.cells:
+        try:
+            cells = tuple(cells[int(number)] for number in arguments.cells.split(","))
+        except (ValueError, IndexError):
+            parser.error(f"--cells: expected numbers from 0 to {len(cells) - 1}, got {arguments.cells!r}")
     if arguments.quick:
         cells, labels, seeds = (Cell(samples=2000),), labels[:2], (0,)
     report = Report("learning", run_card({"part": arguments.part, "grid": list(GRID)}, seeds))

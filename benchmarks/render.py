@@ -20,7 +20,7 @@ from common import FOLDER, RESULTS, format_value
 from comparison import REFERENCE, Cell, contests, target_of
 from lasgd.lab.compare.results import is_at_edge
 
-PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md", "theory.md"))
+PAGES = tuple(FOLDER.parent / "docs" / name for name in ("results.md", "simulation.md", "theory.md", "experiments.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 Result = Mapping[str, Any]
@@ -46,6 +46,8 @@ def _block(name: str, results: Mapping[str, Result]) -> str:
         return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
     if name.startswith("comparison_") and result is not None:
         return "\n".join(["", *_comparison(result)])
+    if name == "learning" and result is not None:
+        return "\n".join(["", *_learning(result)])
     if result is None:
         return f"Not measured yet: there is no `benchmarks/results/{name}.json`.\n"
     return "\n".join([*_verdict(result), "", *_table(result["bars"]), "", *_notes(result), _card(result["card"]), ""])
@@ -152,6 +154,42 @@ def _range(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{mean:.3g}"
     return f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def _learning(result: Result) -> list[str]:
+    """A table for each cell, the bars, and the card of the latest part."""
+    by_cell: dict[str, list[Mapping[str, Any]]] = {}
+    for record in result["figures"]["records"]:
+        by_cell.setdefault(record["name"], []).append(record)
+    lines: list[str] = []
+    for name, records in by_cell.items():
+        lines += [f"**{name}**", "", "| | lr | top-1 | behind synchronous | staleness, steps | seeds |"]
+        lines += ["|---|---|---|---|---|---|"]
+        reference = next((_top1(record) for record in records if record["candidate"] == "synchronous"), None)
+        lines += [_learning_row(record, reference) for record in sorted(records, key=lambda r: -(_top1(r) or 0.0))]
+        lines += [""]
+    return [*lines, *_verdict(result), "", *_table(result["bars"]), "", "The latest part: " + _card(result["card"]), ""]
+
+
+def _top1(record: Mapping[str, Any]) -> float | None:
+    """In per cent, over the seeds; None unless all of them have come to their end."""
+    values = record["top1"]
+    return 100 * statistics.fmean(values) if values and None not in values else None
+
+
+def _learning_row(record: Mapping[str, Any], reference: float | None) -> str:
+    top1, lr, staleness = _top1(record), record["lr"], record["staleness_steps"]
+    rates = sorted(map(float, record["grid"]))
+    edge = "" if lr not in (rates[0], rates[-1]) else " (lowest tried)" if lr == rates[0] else " (highest tried)"
+    columns = [
+        record["candidate"],
+        "diverges" if lr is None else f"{lr:g}{edge}",
+        "" if top1 is None else _range([100 * value for value in record["top1"]]) + " %",
+        "" if top1 is None or reference is None else f"{reference - top1:+.1f} points",
+        "" if staleness is None else f"{staleness:.1f}",
+        ", ".join(map(str, record["seeds"])),
+    ]
+    return "| " + " | ".join(columns) + " |"
 
 
 def _crossover(found: Sequence[Mapping[str, Any]]) -> str:
