@@ -6,7 +6,9 @@
     learning   top-1 after 60,000 samples of CIFAR-10, mean of 3 seeds                within 2 points
 
 A prediction is made of the condition, the length of the model's vector and the batch size; nothing that was measured
-in the runs that it predicts goes into it, nor into any constant of the simulator.
+in the runs that it predicts goes into it, nor into any constant of the simulator, but for two: how far a message's
+window grows and how unevenly messages share were chosen when earlier runs of `parameter_server` behind a slow link were
+known.
 
     python benchmarks/calibrate.py --data cifar10.tar.xz --runs kept       all of it; what `kept` holds is not run again
     python benchmarks/calibrate.py --part network,messages,time            without learning

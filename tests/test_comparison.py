@@ -41,6 +41,12 @@ def test_lasgd_is_held_to_the_reference_the_blocking_ones_and_the_others():
     assert (late.value, late.holds) == (math.inf, True)
 
 
+def test_lasgd_is_held_to_torchs_own_ddp_as_to_the_reference():
+    bars = found_bars("cifar10", [run("lasgd"), run("sync_sgd", seconds=50.0), run("peer:torch_ddp", seconds=39.0)])
+    held = [bars[f"slow, 900 samples: sooner than {name}"].holds for name in ("sync_sgd (DDP)", "peer:torch_ddp")]
+    assert held == [True, False]
+
+
 def test_lasgd_that_never_gets_there_is_sooner_than_nobody():
     bars = found_bars("cifar10", [run("lasgd", top1=0.5), run("sync_sgd"), run("ad_psgd", top1=0.5)])
     assert bars["slow, 900 samples: sooner than sync_sgd (DDP)"].holds is False
