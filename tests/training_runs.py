@@ -171,7 +171,8 @@ class Ranks:
         for rank, process in self.processes.items():
             process.join(max(0.0, deadline_s - time.monotonic()))
             if process.exitcode is None:
-                raise TimeoutError(f"rank {rank} still runs after {timeout_s:g} s; it said:\n{self.said(rank)}")
+                said = "\n".join(f"rank {rank} said:\n{self.said(rank)}" for rank in self.processes)
+                raise TimeoutError(f"rank {rank} still runs after {timeout_s:g} s. {said}")
         return [process.exitcode for process in self.processes.values()]
 
     def kill(self) -> None:

@@ -102,6 +102,11 @@ class Lane(Protocol):
         """What torch's DistributedDataParallel takes. Its own collectives time out after `set_timeout`'s seconds."""
         ...
 
+    @property
+    def backend(self) -> dist.ProcessGroupGloo:
+        """What carries `process_group`. Whoever holds that holds this too, and releases it last, by `gloo.give_up`."""
+        ...
+
     def set_timeout(self, timeout_s: float) -> None:
         """For the collectives of `process_group` from now on; at first it is that of `wait_lane`."""
         ...

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lasgd.errors import PeerError
 from lasgd.group.cost import ring_bytes_sent
-from lasgd.group.gloo import GlooConnections, megabytes
+from lasgd.group.gloo import GlooConnections, give_up, megabytes
 from lasgd.group.notices import Notices
 
 
@@ -44,10 +44,11 @@ class GlooLane:
         self._connections, self._notices = connections, notices
         self._world_size, self._timeout_s = world_size, timeout_s
         self._where = f"rank {rank} of {world_size}"
+        self._backend = connections.gloo
         self._group: dist.ProcessGroup | None = dist.ProcessGroup(store, rank, world_size)
         kind = dist.ProcessGroup.BackendType.GLOO
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            self._group._register_backend(torch.device(device), kind, connections.gloo)
+            self._group._register_backend(torch.device(device), kind, self._backend)
         self._group._set_default_backend(kind)
 
     @property
@@ -56,6 +57,13 @@ class GlooLane:
         if self._group is None:
             raise PeerError(f"{self._where}: this rank has left the group")
         return self._group
+
+    @property
+    def backend(self) -> dist.ProcessGroupGloo:
+        """See Lane."""
+        if self._backend is None:
+            raise PeerError(f"{self._where}: this rank has left the group")
+        return self._backend
 
     def set_timeout(self, timeout_s: float) -> None:
         """See Lane."""
@@ -99,5 +107,8 @@ class GlooLane:
 
     def leave(self) -> None:
         """See Lane. DDP has a reference too, and the connections close with the last."""
-        self._group = None
+        held = [self._backend, self._group]
+        self._backend = self._group = None
+        if held[0] is not None:
+            give_up(held)
         self._connections.leave()

@@ -259,6 +259,11 @@ class PaddedLane:
         """The wrapped lane's, whose own collectives are not padded; see `wait_broadcast_rest`."""
         return self._lane.process_group
 
+    @property
+    def backend(self) -> dist.ProcessGroupGloo:
+        """See Lane."""
+        return self._lane.backend
+
     def set_timeout(self, timeout_s: float) -> None:
         """The wrapped lane's."""
         self._lane.set_timeout(timeout_s)

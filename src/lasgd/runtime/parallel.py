@@ -287,11 +287,11 @@ class _Ddp(DistributedDataParallel):
 
     def __init__(self, model: nn.Module, lane: Lane, forward: Callable[..., Any]):
         super().__init__(model, process_group=lane.process_group, init_sync=False)  # attach has broadcast the model
-        self._look_after = forward
+        self._look_after, self._backend = forward, lane.backend
 
     def given_up(self) -> list[Any]:
-        """All that refers to the process group; what is left is a wrapper that never calls DDP again."""
-        return [vars(self).pop(name, None) for name in ("reducer", "logger", "process_group")]
+        """All that refers to the process group, for `give_up`; what is left is a wrapper that never calls DDP again."""
+        return [vars(self).pop(name, None) for name in ("_backend", "process_group", "logger", "reducer")]
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         return self._look_after(super().forward, *inputs, **kwargs)
