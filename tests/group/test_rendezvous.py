@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -95,6 +96,8 @@ class StopsItsHost:
     def __getattr__(self, name: str):
         if name == self._operation:
             os.kill(self._host, signal.SIGSTOP)
+            while psutil.Process(self._host).status() != psutil.STATUS_STOPPED:
+                time.sleep(0.001)  # it may go on, and answer, for a moment
         return getattr(self._store, name)
 
 

@@ -188,14 +188,14 @@ class C10dGroup:
 
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """See Group."""
-        options = dist.AllreduceOptions()
-        options.timeout = timedelta(seconds=timeout_s)
+        options = _timed(dist.AllreduceOptions(), timeout_s)
 
         def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
-            reduce = gloo.allreduce  # pyright: ignore[reportAttributeAccessIssue]  torch's stubs lack it
-            pending = [reduce([tensor], options) for tensor in (header, vector) if tensor.numel()]
-            del reduce
-            del gloo  # see GlooConnections: the last reference must not die here
+            known: Any = gloo  # torch's stubs lack what is asked of it
+            pending = [self._start_header(known, header, timeout_s)]
+            if vector.numel():
+                pending.append(known.allreduce([vector], options))
+            del known, gloo  # see GlooConnections: the last reference must not die here
             self._wait_done(pending[0])
             joined_s = time.monotonic()
             self._wait_done(pending[-1])
@@ -210,15 +210,14 @@ class C10dGroup:
         self, header: Tensor, pieces: Tensor, received: Tensor, timeout_s: float
     ) -> tuple[float, float]:
         """See GroupWithPieces."""
-        of_header, of_pieces = dist.AllreduceOptions(), dist.AllToAllOptions()
-        of_header.timeout = of_pieces.timeout = timedelta(seconds=timeout_s)
+        options = _timed(dist.AllToAllOptions(), timeout_s)
 
         def both(gloo: dist.ProcessGroupGloo) -> tuple[float, float]:
-            known: Any = gloo  # torch's stubs lack what is asked of it
-            reduced = known.allreduce([header], of_header)
-            exchanged = known.alltoall_base(received.view(-1), pieces.view(-1), [], [], of_pieces)
-            del known, gloo  # see GlooConnections: the last reference must not die here
-            self._wait_done(reduced)
+            known: Any = gloo
+            told = self._start_header(known, header, timeout_s)
+            exchanged = known.alltoall_base(received.view(-1), pieces.view(-1), [], [], options)
+            del known, gloo  # as above
+            self._wait_done(told)
             joined_s = time.monotonic()
             self._wait_done(exchanged)
             return joined_s, time.monotonic()
@@ -228,10 +227,19 @@ class C10dGroup:
         self._bytes_sent += pieces_bytes_sent(pieces.nbytes, self.world_size)
         return times
 
+    def _start_header(self, gloo: Any, header: Tensor, timeout_s: float) -> dist.Work:
+        """Begins to fill in the other members' rows, which is the sum of a table that has but the own row.
+
+        In one step, where Gloo's all-reduce takes 2(n-1), each of which has to wake threads on every rank.
+        """
+        if header.dim() != 2 or len(header) != self.world_size:
+            return gloo.allreduce([header], _timed(dist.AllreduceOptions(), timeout_s))
+        own_rows = header[self.rank].expand_as(header).contiguous()
+        return gloo.alltoall_base(header, own_rows, [], [], _timed(dist.AllToAllOptions(), timeout_s))
+
     def wait_all_gather(self, piece: Tensor, received: Tensor, timeout_s: float) -> float:
         """See GroupWithPieces."""
-        options = dist.distributed_c10d.AllgatherOptions()
-        options.timeout = timedelta(seconds=timeout_s)
+        options = _timed(dist.distributed_c10d.AllgatherOptions(), timeout_s)
 
         def gathered(gloo: dist.ProcessGroupGloo) -> float:
             known: Any = gloo
@@ -338,3 +346,8 @@ class C10dGroup:
     def _wait_done(self, work: dist.Work) -> None:
         assert self._connections is not None
         self._connections.wait_done(work)
+
+
+def _timed(options: Any, timeout_s: float) -> Any:
+    options.timeout = timedelta(seconds=timeout_s)
+    return options
