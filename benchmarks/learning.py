@@ -223,7 +223,7 @@ def record(cell: Cell, label: str, lr: float | None, seeds: Sequence[int], runs:
     staleness = fragments = None
     if lr is not None and final_of(Trial(cell, label, lr, seeds[0]).folder(runs)):
         run = read_run(Trial(cell, label, lr, seeds[0]).folder(runs))
-        staleness = statistics.fmean(rank.staleness_steps["mean"] for rank in run.ranks)
+        staleness = statistics.fmean(rank.staleness_steps.mean for rank in run.ranks)
         fragments = run.fragments
     return {
         "cell": asdict(cell),

@@ -59,3 +59,19 @@ def test_bars_are_differences_of_means_and_unknown_where_a_run_failed():
     made = bars([of("momentum of the mean", 0.49, 0.5), of("local, H = 10", 0.45, 0.45), of("synchronous", 0.5, None)])
     assert made[0].value == pytest.approx(4.5)
     assert made[2].value is None
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(90)
+def test_a_record_tells_of_real_runs_and_finds_them_again(monkeypatch, tmp_path, capsys):
+    import learning
+
+    monkeypatch.setattr(learning, "GRID", (0.05,))
+    cell = learning.Cell(delay=2.0, samples=1280)
+    (made,) = learning.study((cell,), ("full, 2 fragments",), (0,), Path("digits"), tmp_path)
+    assert (made["lr"], made["fragments"]) == (0.05, 2)
+    assert 1 < made["staleness_steps"] < 3
+    assert made["top1"][0] > 0.1
+    assert "top-1" in capsys.readouterr().out
+    assert learning.study((cell,), ("full, 2 fragments",), (0,), Path("digits"), tmp_path) == [made]
+    assert capsys.readouterr().out == ""

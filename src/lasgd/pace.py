@@ -97,8 +97,12 @@ class Pace:
         evaluations: int = 0,
         checkpoints: int = 0,
         seconds: float | None = None,
+        least_fragments: int = 1,
     ):
-        """The budget is `samples` of all ranks together, or `seconds` from the start of the run."""
+        """The budget is `samples` of all ranks together, or `seconds` from the start of the run.
+
+        `least_fragments`: what "auto" does not go below, once it knows the delay.
+        """
         if (samples is None) == (seconds is None):
             raise ConfigurationError("the budget is either a number of samples or one of seconds")
         self.world_size = world_size
@@ -124,7 +128,7 @@ class Pace:
         self.sicknesses: list[Sickness] = []
         self._checkpoints, self._evaluations = checkpoints, evaluations
         self._passed_checkpoints = 0
-        self._delay = Delay() if fragments == "auto" else None
+        self._delay = Delay(least_fragments) if fragments == "auto" else None
         self._header: Tensor | None = None  # made when it is asked for: ranks that agree on nothing never do
         self._was_sick: frozenset[int] = frozenset()
         self._agreed_on: Mean | None = None
@@ -292,7 +296,9 @@ class Delay:
     OTHER_NETWORK = 2.5
     """Where D has changed by this factor since q was learnt, the network is taken for another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        """`least` fragments are asked for in any case, as soon as the delay is known."""
+        self._least = least
         self._parts = 0
         self._recent: deque[float] = deque()  # rounds of the present cut, in local steps
         self._before: tuple[int, float] | None = None  # the cut before: F and its delay
@@ -316,8 +322,8 @@ class Delay:
         wanted = self._wanted(parts, statistics.median(self._recent))
         # A band around the present number, so that noise does not recut the vector again and again.
         if asked * 0.8 - 1 <= wanted <= asked * 1.1 + 0.2:
-            return asked
-        return min(MAX_FRAGMENTS, max(1, math.ceil(wanted)))
+            return max(self._least, asked)
+        return min(MAX_FRAGMENTS, max(self._least, math.ceil(wanted)))
 
     def _wanted(self, parts: int, delay: float) -> float:
         before, self._before = self._before, None

@@ -206,9 +206,9 @@ class Wire:
     """Rounds over a network where one of F fragments takes latency + bandwidth/F local steps, as ranks run it: what is
     asked for takes effect when a cycle is complete, and a round tells how long the one before it took."""
 
-    def __init__(self, latency=0.0, bandwidth=0.0, noise=0.0, most_parts=1000, seed=0):
+    def __init__(self, latency=0.0, bandwidth=0.0, noise=0.0, most_parts=1000, seed=0, least=1):
         self.latency, self.bandwidth, self.noise, self.most_parts = latency, bandwidth, noise, most_parts
-        self.pace = Pace(1, 10**9, fragments="auto")
+        self.pace = Pace(1, 10**9, fragments="auto", least_fragments=least)
         self.parts, self.turn, self.latest = 1, -1, (0.0, 0)
         self.random = random.Random(seed)
         self.asked: list[int] = []
@@ -316,6 +316,14 @@ def test_a_given_number_of_fragments_is_never_changed():
     for _ in range(20):
         agree(ranks, [tally(step_s=0.1)], round_s=5.0, parts=3)
     assert ranks[0].fragments == 3
+
+
+@pytest.mark.parametrize("latency, bandwidth, fragments", [(0.1, 0.1, 4), (8, 0, 4), (0, 3, 4), (0, 8, 8)])
+def test_it_does_not_go_below_the_least_number_once_the_delay_is_known(latency, bandwidth, fragments):
+    wire = Wire(latency, bandwidth, least=4)
+    assert abs(wire.run(200) - fragments) <= (fragments > 4)
+    assert wire.asked[0] == 1
+    assert wire.changes() <= 3
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(1e-6, 1e6)), max_size=60))

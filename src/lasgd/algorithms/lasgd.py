@@ -33,6 +33,9 @@ from lasgd.errors import ConfigurationError
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
 
+LEAST_FRAGMENTS = 4
+"""With momentum of the mean. A round takes up to one of as many turns and shows in the next: docs/theory.md."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -48,6 +51,11 @@ class Settings:
     def keeps_mean(self) -> bool:
         """Corrections have momentum."""
         return self.outer_momentum > 0
+
+    @property
+    def least_fragments(self) -> int:
+        """What "auto" does not go below: momentum that comes back after half a cycle or later runs away early."""
+        return LEAST_FRAGMENTS if self.outer_momentum > 0 else 1
 
 
 def compute(replica: Replica, pace: Pace) -> Generator[Request, Answer, None]:

@@ -95,6 +95,11 @@ class Algorithm:
         return getattr(self.settings, "keeps_mean", False)
 
     @property
+    def least_fragments(self) -> int:
+        """What `fragments="auto"` does not go below."""
+        return getattr(self.settings, "least_fragments", 1)
+
+    @property
     def is_synchronous(self) -> bool:
         """Nothing reaches a replica in the background, so time decides when something is learnt, and not what."""
         return self.exchange is None and (self.communicate is None or self.writes_messages)

@@ -111,7 +111,11 @@ def cluster_of(
     algorithm, members = plan.algorithm, tuple(range(plan.ranks))
     agreements = 1 if algorithm.agrees else plan.ranks
     paces = [
-        Pace(plan.ranks, plan.samples, plan.steps_per_round, plan.cut, plan.evaluations, seconds=plan.seconds)
+        Pace(
+            *(plan.ranks, plan.samples, plan.steps_per_round, plan.cut, plan.evaluations),
+            seconds=plan.seconds,
+            least_fragments=algorithm.least_fragments,
+        )
         for _ in range(agreements)
     ]
     ranks = [

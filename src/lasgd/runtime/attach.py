@@ -72,7 +72,8 @@ def attach(
     algorithm        "lasgd", or another of docs/algorithms.md; "independent": no communication, the yardstick
     merge            merge rule, see lasgd.merge
     wire             how averages of "lasgd" travel: fp32, bf16 or int8, see lasgd.wire
-    fragments        parts of the vector, one per round, for "lasgd"; "auto": as the network's delay asks, 1 to 20
+    fragments        parts of the vector, one per round, for "lasgd"; "auto": as the network's delay asks, 1 (with outer
+                     momentum 4) to 20
     steps_per_round  a round at most every so many local steps of the median rank, and one every 30 s; the H of others
     evaluations, checkpoints   how many equal parts of the budget `pace.evaluation` and `checkpoint_due` count
     keep_mean        hold the latest mean from the start, so that `mean_weights()` never waits for one
@@ -158,7 +159,10 @@ def attach(
             found,
             group,
             replica,
-            Pace(group.world_size, samples, steps_per_round, cut, evaluations, checkpoints, seconds),
+            Pace(
+                *(group.world_size, samples, steps_per_round, cut, evaluations, checkpoints, seconds),
+                least_fragments=found.least_fragments,
+            ),
             keep_mean=keep_mean,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
