@@ -1,4 +1,4 @@
-"""How far ranks drift apart on a quadratic, and where that has no end: the tables and the figure of docs/theory.md.
+"""How far ranks drift apart on a quadratic, and where that has no end: tables and figure of docs/theory.md.
 
     python benchmarks/drift.py            a few seconds; nothing is timed
     python benchmarks/drift.py --draw     the figure again, from the stored result
@@ -16,7 +16,7 @@ from typing import Any
 
 from common import RESULTS, Report, arguments_for, run_card, where_to_store
 from drawing import BLUE, GREEN, GREY, IMAGES, ORANGE, PURPLE, pyplot, save
-from lasgd.lab.drift import Cycle, variance_alone
+from lasgd.lab.drift import Cycle, MeanCycle, variance_alone
 
 MOMENTA = (0.0, 0.5, 0.9)
 DELAYS = (1, 2, 5, 10, 20, 50)
@@ -29,6 +29,10 @@ LINES = {
     "10 fragments in turn, 1 step late": Cycle(DELAY, 1, MOMENTUM),
     "the same, momentum of the mean": Cycle(DELAY, 1, 0.0),
 }
+SPLITS = ((0.9, 0.0), (0.8, 0.5), (0.5, 0.8), (0.0, 0.9))
+"""Momentum of the optimizers and of the mean: the same learning rate moves the mean equally far, by and by."""
+TURNS = (1, 2, 3, 4, 6, 10)
+LATE = (1, 5, 20)
 FIGURE = IMAGES / "drift.svg"
 
 
@@ -46,6 +50,23 @@ def limits(delays: Sequence[int] = DELAYS) -> list[dict[str, Any]]:
         for delay in delays
         for fragments in FRAGMENTS
         if delay % fragments == 0
+    ]
+
+
+def mean_limits() -> list[dict[str, Any]]:
+    """The least c at which the mean itself runs away, by where momentum is, fragments and the delay of each."""
+    return [
+        {
+            "momentum": momentum,
+            "outer_momentum": outer,
+            "fragments": fragments,
+            "late": late,
+            "limit": _finite(MeanCycle(fragments * late, late, momentum, outer).limit()),
+            "alone": 2 * (1 + momentum),
+        }
+        for momentum, outer in SPLITS
+        for late in LATE
+        for fragments in TURNS
     ]
 
 
@@ -85,7 +106,7 @@ def main() -> int:
         draw(json.loads((RESULTS / "drift.json").read_text(encoding="utf-8")))
         return 0
     report = Report("drift", run_card({"figure": "momentum 0.9, delay 10"}, ()))
-    report.figures = {"limits": limits(), "lines": lines()}
+    report.figures = {"limits": limits(), "mean_limits": mean_limits(), "lines": lines()}
     where = where_to_store("drift", arguments)
     code = report.finish(where)
     if where == RESULTS / "drift.json":

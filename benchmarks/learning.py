@@ -1,6 +1,7 @@
 """What never waiting costs per sample, and what wins it back: real gradients, in virtual time, at equal samples.
 
     python benchmarks/learning.py screen --data cifar10.tar.xz --runs kept      all candidates in one cell
+    python benchmarks/learning.py short --data cifar10.tar.xz --runs kept       a fast network and a short run
     python benchmarks/learning.py delay --data cifar10.tar.xz --runs kept       the same by delay
     python benchmarks/learning.py ranks --data cifar10.tar.xz --runs kept       with 8 and 16 ranks
     python benchmarks/learning.py straggler --data cifar10.tar.xz --runs kept   the last rank four times slower
@@ -77,6 +78,7 @@ SCREEN = Cell()
 """The prototype's setting: what is known of the candidates before is known of this one."""
 PARTS: dict[str, tuple[Cell, ...]] = {
     "screen": (SCREEN,),
+    "short": (Cell(delay=1.0, samples=20_000),),
     "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
     "ranks": tuple(Cell(ranks=ranks, delay=delay) for ranks in (8, 16) for delay in (10.0, 20.0)),
     "straggler": (Cell(straggler="last:4x"),),
@@ -99,6 +101,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "momentum of the mean, 0.8": {"outer_momentum": 0.8, "momentum": 0},
     "momentum of the mean, int8": {"outer_momentum": 0.9, "momentum": 0, "wire": "int8"},
     "momentum of both, 0.8 and 0.5": {"outer_momentum": 0.8, "momentum": 0.5},
+    "momentum of both, 0.8 and 0.5, whole vector": {"outer_momentum": 0.8, "momentum": 0.5, "fragments": 1},
     "momentum of both, 0.5 and 0.8": {"outer_momentum": 0.5, "momentum": 0.8},
 }
 """Options of `lasgd simulate` by label. Where momentum is in both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one:

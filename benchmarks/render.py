@@ -41,6 +41,8 @@ def _block(name: str, results: Mapping[str, Result]) -> str:
         return _crossover(results["clusters"]["figures"]["crossover"])
     if name == "drift_limits":
         return _drift_limits(results["drift"])
+    if name == "drift_mean_limits":
+        return _drift_mean_limits(results["drift"])
     result = results.get(name)
     if name == "gpu_check" and (result is None or result["card"]["settings"].get("device") != "cuda"):
         return "**Not run on a GPU yet.** What is said of CUDA in these pages is by reading and by tests on a CPU.\n"
@@ -216,6 +218,20 @@ def _drift_limits(result: Result) -> str:
             limits = ["" if one is None else f"{min(one['limit'] or alone, alone):.2g}" for one in cells]
             lines.append(f"| {momentum:g} | {parts} | " + " | ".join(limits) + f" | {alone:.2g} |")
     return "\n".join([*lines, "", _card(result["card"]), ""])
+
+
+def _drift_mean_limits(result: Result) -> str:
+    """Where momentum is and how late a fragment's mean comes down, fragments across."""
+    found = result["figures"]["mean_limits"]
+    fragments = list(dict.fromkeys(one["fragments"] for one in found))
+    lines = ["| optimizers | mean | steps late | " + " | ".join(f"{n} in turn" for n in fragments) + " |"]
+    lines += ["|---" * (len(fragments) + 3) + "|"]
+    rows: dict[tuple[float, float, int], list[str]] = {}
+    for one in found:
+        limit = min(one["limit"] or one["alone"], one["alone"])
+        rows.setdefault((one["momentum"], one["outer_momentum"], one["late"]), []).append(f"{limit:.2g}")
+    lines += [f"| {mu:g} | {beta:g} | {late} | {' | '.join(cells)} |" for (mu, beta, late), cells in rows.items()]
+    return "\n".join([*lines, ""])
 
 
 def _notes(result: Result) -> list[str]:

@@ -47,6 +47,16 @@ def test_lasgd_is_held_to_torchs_own_ddp_as_to_the_reference():
     assert held == [True, False]
 
 
+def test_lasgd_is_held_at_its_best_settings_as_the_others_are_and_to_ddp_at_its_defaults_too():
+    best = "lasgd:outer-momentum=0.8:momentum=0.5"
+    runs = [run("lasgd", seconds=12.0) | {"final_loss": 1.4}, run(best) | {"final_loss": 1.3}]
+    bars = found_bars("cifar10", [*runs, run("sync_sgd", seconds=45.0), run("ad_psgd", seconds=9.5)])
+    assert bars[f"slow, 900 samples, {best}: sooner than sync_sgd (DDP)"].value == pytest.approx(4.5)
+    assert bars["slow, 900 samples, lasgd at its defaults: sooner than sync_sgd (DDP)"].value == pytest.approx(3.75)
+    assert bars[f"slow, 900 samples, {best}: not 10 % later than ad_psgd"].holds is True
+    assert not any("than lasgd" in what for what in bars)
+
+
 def test_lasgd_that_never_gets_there_is_sooner_than_nobody():
     bars = found_bars("cifar10", [run("lasgd", top1=0.5), run("sync_sgd"), run("ad_psgd", top1=0.5)])
     assert bars["slow, 900 samples: sooner than sync_sgd (DDP)"].holds is False

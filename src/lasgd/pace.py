@@ -221,9 +221,11 @@ class Pace:
         round_s = 0.0 if round_s == math.inf else round_s
         self.pause_s = self._pause_s(table, step_s) if step_s else IDLE_S
         self.due_s = max(0.0, self.pause_s - round_s) if step_s else IDLE_S
+        parts = int(table[:, Column.PARTS].max())  # the same on all that know it
         if self._delay and step_s and round_s:
-            parts = int(table[:, Column.PARTS].max())  # the same on all that know it
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
+        elif self._delay and step_s and parts:  # rounds take no time at all, as in a simulation
+            self.fragments = max(self.fragments, self._delay.least)
 
     def _pause_s(self, table: np.ndarray, step_s: float) -> float:
         """Seconds from one round's begin to the next: `steps_per_round` local steps, or until something is due."""
@@ -298,7 +300,7 @@ class Delay:
 
     def __init__(self, least: int = 1) -> None:
         """`least` fragments are asked for in any case, as soon as the delay is known."""
-        self._least = least
+        self.least = least
         self._parts = 0
         self._recent: deque[float] = deque()  # rounds of the present cut, in local steps
         self._before: tuple[int, float] | None = None  # the cut before: F and its delay
@@ -322,8 +324,8 @@ class Delay:
         wanted = self._wanted(parts, statistics.median(self._recent))
         # A band around the present number, so that noise does not recut the vector again and again.
         if asked * 0.8 - 1 <= wanted <= asked * 1.1 + 0.2:
-            return max(self._least, asked)
-        return min(MAX_FRAGMENTS, max(self._least, math.ceil(wanted)))
+            return max(self.least, asked)
+        return min(MAX_FRAGMENTS, max(self.least, math.ceil(wanted)))
 
     def _wanted(self, parts: int, delay: float) -> float:
         before, self._before = self._before, None

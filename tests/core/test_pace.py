@@ -318,7 +318,7 @@ def test_a_given_number_of_fragments_is_never_changed():
     assert ranks[0].fragments == 3
 
 
-@pytest.mark.parametrize("latency, bandwidth, fragments", [(0.1, 0.1, 4), (8, 0, 4), (0, 3, 4), (0, 8, 8)])
+@pytest.mark.parametrize("latency, bandwidth, fragments", [(0, 0, 4), (0.1, 0.1, 4), (8, 0, 4), (0, 3, 4), (0, 8, 8)])
 def test_it_does_not_go_below_the_least_number_once_the_delay_is_known(latency, bandwidth, fragments):
     wire = Wire(latency, bandwidth, least=4)
     assert abs(wire.run(200) - fragments) <= (fragments > 4)

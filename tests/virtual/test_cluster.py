@@ -44,8 +44,19 @@ class Descent:
 class Run:
     """A cluster, its agreement and its trace, in the order in which things happened."""
 
-    def __init__(self, algorithm, replicas, step_s, round_s, works=None, samples=100, vector_bytes=40, **pace_options):
-        text = registry.find(algorithm)
+    def __init__(
+        self,
+        algorithm,
+        replicas,
+        step_s,
+        round_s,
+        works=None,
+        samples=100,
+        vector_bytes=40,
+        settings=None,
+        **pace_options,
+    ):
+        text = registry.find(algorithm, settings)
         n = len(replicas)
         self.paces = [Pace(n, samples, **pace_options) for _ in range(1 if text.agrees else n)]
         self.trace: list[tuple] = []
@@ -76,8 +87,8 @@ def timed(n: int, elements: int = 10, fragments: int = 1) -> list[TimingReplica]
     return [TimingReplica(vector, Tally(1, rank), fragments) for rank in range(n)]
 
 
-def points(values, fragments: int = 1, dtype=torch.float64) -> list[Replica]:
-    return [Replica(Point(value, dtype), Tally(1, rank), fragments) for rank, value in enumerate(values)]
+def points(values, fragments: int = 1, dtype=torch.float64, **options) -> list[Replica]:
+    return [Replica(Point(value, dtype), Tally(1, rank), fragments, **options) for rank, value in enumerate(values)]
 
 
 # Time

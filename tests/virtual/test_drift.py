@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_cluster import Run, points
 
-from lasgd.lab.drift import Cycle, variance_alone
+from lasgd.algorithms.lasgd import LEAST_FRAGMENTS
+from lasgd.lab.drift import Cycle, MeanCycle, variance_alone
 
 CURVATURE, N = 1.6, 4
 
@@ -38,14 +39,20 @@ class Noisy:
             self.model.x.sub_(self.buffer, alpha=self.lr)
 
 
-def seen(c: float, momentum: float, delay: int, steps: int, elements: int, noise: float = 1.0) -> np.ndarray:
+def seen(
+    c: float, momentum: float, delay: int, steps: int, elements: int, noise: float = 1.0, outer: float = 0.0
+) -> np.ndarray:
     """(step, rank, element): where gradients were taken, with the whole vector `delay` steps on its way."""
     lr = c / CURVATURE
-    replicas = points([[float(rank == 0)] * elements for rank in range(N)])
+    replicas = points([[float(rank == 0)] * elements for rank in range(N)], keeps_mean=outer > 0)
     models = [replica.layout.entries[0].owner for replica in replicas]
     works = [Noisy(model, rank, lr, momentum, noise) for rank, model in enumerate(models)]
     begins = iter([delay + 0.25])  # so that rounds begin a quarter into a step, and nothing is at the same moment
-    Run("lasgd", replicas, 1.0, lambda n_bytes, share: next(begins, float(delay)), works, samples=N * steps)
+
+    def delay_s(n_bytes: float, share: float) -> float:
+        return next(begins, float(delay))
+
+    Run("lasgd", replicas, 1.0, delay_s, works, samples=N * steps, settings={"outer_momentum": outer})
     return torch.stack([torch.stack(work.seen[:steps]) for work in works], dim=1).numpy()
 
 
@@ -77,6 +84,29 @@ def test_differences_die_out_below_the_limit_and_grow_above_it(momentum, delay):
         return np.abs(u[-delay:]).max() / np.abs(u[40 * delay : 41 * delay]).max()
 
     assert left(limit / 1.15) < 1 < left(limit * 1.15)
+
+
+@pytest.mark.parametrize(("momentum", "outer", "delay"), [(0.5, 0.8, 1), (0.5, 0.8, 2), (0.8, 0.5, 1), (0.0, 0.9, 1)])
+def test_the_mean_comes_to_rest_below_the_limit_of_its_momentum_and_runs_away_above_it(momentum, outer, delay):
+    limit = MeanCycle(delay, delay, momentum, outer).limit()
+
+    def left(c: float) -> float:
+        mean = seen(c, momentum, delay, steps=400, elements=1, noise=0.0, outer=outer).mean(axis=1)
+        return np.abs(mean[-40:]).max() / np.abs(mean[160:200]).max()
+
+    assert left(limit / 1.15) < 1 < left(limit * 1.15)
+
+
+def test_momentum_of_the_mean_needs_a_cycle_of_four_turns():
+    """Each on its way for one local step at most: what `auto` sees to."""
+    limits = [MeanCycle(fragments, 1, 0.5, 0.8).limit() for fragments in (1, 2, 3, LEAST_FRAGMENTS)]
+    assert limits == sorted(limits)
+    assert limits[0] < 0.1 < 2.5 < limits[-1]
+    assert all(MeanCycle(LEAST_FRAGMENTS * late, late, 0.5, 0.8).limit() > 2.5 for late in (2, 5, 10, 20))
+
+
+def test_without_momentum_of_its_own_the_mean_is_synchronous_sgd():
+    assert MeanCycle(10, 10, 0.9, 0.0).limit() == pytest.approx(2 * (1 + 0.9), rel=0.03)
 
 
 def test_momentum_and_delay_together_leave_little_room():

@@ -15,7 +15,8 @@ over the ranks, and the rest is equal on all, so the mean of all x_i + r_i chang
 
 With beta = 0, the default, momentum is the optimizers' own, and stays with its rank. With beta = 0.9 and optimizers
 without momentum the mean moves as with momentum 0.9 in each of them and the same learning rate, while one rank's noise
-goes a tenth of the way before it is averaged: docs/theory.md. Source of the idea: J. Wang, V. Tantia, N. Ballas,
+goes a tenth of the way before it is averaged; 0.8 and 0.5 share it out, (1 - 0.8) (1 - 0.5) = 1 - 0.9:
+docs/theory.md. Source of the idea: J. Wang, V. Tantia, N. Ballas,
 M. Rabbat, "SlowMo" (2020), arXiv 1910.00643, for ranks that wait for the mean.
 
 Differences with the paper, of which only the abstract is public to us: averaging by fragments (one fragment is the

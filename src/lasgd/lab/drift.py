@@ -1,4 +1,4 @@
-"""How far ranks drift apart between averages, on a quadratic: exact, in a few small matrices.
+"""How far ranks drift apart between averages, and their mean runs away, on a quadratic: exact, in small matrices.
 
 Rank i takes local steps on h/2 x^2 with gradient noise of variance s^2, learning rate l, momentum mu. With c = l h, and
 of each rank's difference from the mean of all, which rounds move and the mean of all does not:
@@ -9,18 +9,25 @@ of each rank's difference from the mean of all, which rounds move and the mean o
     correction   r <- r - g s                                   when its mean comes, whose own difference is 0
 
 A cycle of one fragment is a list of these moments. Their product is one matrix: where it shrinks every difference, the
-covariance of (x, u, r, s) that it leaves as it was is the stationary one. What follows: docs/theory.md.
+covariance of (x, u, r, s) that it leaves as it was is the stationary one.
+
+The mean of all ranks takes the same steps, and corrections move it by its momentum alone, beta of it:
+
+    correction   r <- r + beta (s - m') ; m' <- s               s is the mean that has come, m' the one before
+
+What follows: docs/theory.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_X, _U, _R, _S = range(4)
+_X, _U, _R, _S, _M = range(5)
 _FROM, _TO, _PARTS = 1e-4, 4.0, 400
 """Of c, where its limit is looked for; no direction with c beyond 2 (1 + mu) <= 4 is stable without averaging."""
 
@@ -45,8 +52,7 @@ class Cycle:
 
     def limit(self) -> float:
         """The least c at which differences grow without end, to 3 %; infinite if there is none below 4."""
-        rates = torch.logspace(math.log10(_FROM), math.log10(_TO), _PARTS, dtype=torch.float64)
-        return next((c for c in rates.tolist() if self.growth(c) >= 1), math.inf)
+        return _least_growing(self.growth)
 
     def variance(self, c: float) -> float:
         """Stationary, of x where gradients are taken, mean over a cycle's local steps, over (1 - 1/n) l^2 s^2.
@@ -88,6 +94,44 @@ class Cycle:
         after = [(step, True), (merge, False)] * (self.steps - self.flight)
         waited = [(merge, False)] if not self.flight else []
         return [(snapshot, False), *flight, (correction, False), *waited, *after]
+
+
+@dataclass(frozen=True)
+class MeanCycle:
+    """As `Cycle`, of the mean of all ranks with momentum of its own."""
+
+    steps: int
+    flight: int
+    momentum: float
+    """Of the optimizers."""
+    outer_momentum: float
+    """beta."""
+
+    def growth(self, c: float) -> float:
+        """By how much the mean's distance from the optimum grows from cycle to cycle: a spectral radius."""
+        step, merge, snapshot, correction = (torch.eye(5, dtype=torch.float64) for _ in range(4))
+        step[_U, _X], step[_U, _U] = c, self.momentum
+        step[_X, _X], step[_X, _U] = 1 - c, -self.momentum
+        merge[_X, _R], merge[_R, _R] = 1.0, 0.0
+        snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
+        correction[_R, _S], correction[_R, _M] = self.outer_momentum, -self.outer_momentum
+        correction[_M, _S], correction[_M, _M] = 1.0, 0.0
+        whole = snapshot
+        for moment in [step, merge] * self.flight:
+            whole = moment @ whole
+        whole = correction @ whole
+        for moment in [step, merge] * (self.steps - self.flight):
+            whole = moment @ whole
+        return float(torch.linalg.eigvals(whole).abs().max())
+
+    def limit(self) -> float:
+        """The least c at which the mean runs away, to 3 %; infinite if there is none below 4."""
+        return _least_growing(self.growth)
+
+
+def _least_growing(growth: Callable[[float], float]) -> float:
+    rates = torch.logspace(math.log10(_FROM), math.log10(_TO), _PARTS, dtype=torch.float64)
+    return next((c for c in rates.tolist() if growth(c) >= 1), math.inf)
 
 
 def variance_alone(c: float, momentum: float) -> float:

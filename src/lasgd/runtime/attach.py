@@ -81,8 +81,8 @@ def attach(
     start_timeout_s  seconds to wait for all ranks to start, and for the first round
     must_match       settings of yours that have to be equal on all ranks
     ddp              "sync_sgd" by torch's DistributedDataParallel, during the backward pass: call `averaging.model(x)`
-    algorithm_settings   the algorithm's own, in place of its defaults, such as {"outer_momentum": 0.9} of "lasgd",
-                     which is for optimizers without momentum
+    algorithm_settings   the algorithm's own, in place of its defaults, such as {"outer_momentum": 0.8} of "lasgd",
+                     with momentum 0.5 in the optimizers where it was 0.9
     group            who is in; default: the ranks that torchrun's environment names
 
     The optimizers keep their own state and may be any but LBFGS. Trainable parameters and persistent floating-point
