@@ -53,13 +53,13 @@ LEAST = {"slow": 4.0, "straggler": 2.5, "jitter": 1.2, "fast": 0.95}
 """How many times sooner than DDP `lasgd` is to be at the target."""
 GOSSIP = ("d_psgd", "sgp", "osgp", "ad_psgd")
 EVERY = (
-    "lasgd,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,"
+    "lasgd,lasgd:outer-momentum=0,sync_sgd,local_sgd:steps-per-round=10,post_local_sgd:steps-per-round=10,"
     "diloco:steps-per-round=10:outer-momentum=0.5,"  # 0.9 with outer_lr 0.7 moves up to seven times as far
     "overlap_local_sgd:steps-per-round=10,cocod_sgd:steps-per-round=10,d_psgd,sgp,osgp,ad_psgd,parameter_server,"
     "easgd:steps-per-round=10"
 )
 MAIN = (
-    "lasgd,sync_sgd,local_sgd:steps-per-round=10,local_sgd:steps-per-round=40,"
+    "lasgd,lasgd:outer-momentum=0,sync_sgd,local_sgd:steps-per-round=10,local_sgd:steps-per-round=40,"
     "diloco:steps-per-round=10:outer-momentum=0.5,ad_psgd,osgp,parameter_server"
 )
 

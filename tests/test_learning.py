@@ -30,7 +30,7 @@ def test_every_candidate_is_a_run_that_lasgd_takes():
         settings = SimulationSettings.model_validate({"condition": SCREEN.condition, **options})
         algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
         algorithm.check_wire(settings.wire)
-        algorithm.check_momentum(settings.momentum)
+        algorithm.check_momentum(settings.optimizer_momentum)
 
 
 def test_cells_say_how_long_a_step_and_a_round_take():

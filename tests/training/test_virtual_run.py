@@ -165,7 +165,7 @@ def test_more_replicas_than_memory_holds_are_refused_before_they_are_made(tmp_pa
     monkeypatch.setattr(virtual_setup, "available_bytes", lambda: 10_000_000)
     with (
         Display("a test") as display,
-        pytest.raises(ConfigurationError, match=r"5,000 replicas of 5 times 1\.56 MB .* about 39.1 GB .* 0\.01 GB"),
+        pytest.raises(ConfigurationError, match=r"5,000 replicas of 6 times 1\.56 MB .* about 46.9 GB .* 0\.01 GB"),
     ):
         SimulatedRun(settings(ranks=5000, samples=8 * 5000), tmp_path, display)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_cluster import Run, points
 
-from lasgd.algorithms.lasgd import LEAST_FRAGMENTS
 from lasgd.lab.drift import Cycle, MeanCycle, variance_alone
+from lasgd.momentum import LEAST_FRAGMENTS
 
 CURVATURE, N = 1.6, 4
 

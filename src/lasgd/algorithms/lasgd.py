@@ -13,10 +13,10 @@ arXiv 2203.13085 (2022).
 x_i is the model's parameters, r_i `replica`'s residual, n `world_size`, beta `outer_momentum`. The m - s_i sum to zero
 over the ranks, and the rest is equal on all, so the mean of all x_i + r_i changes by local steps and its momentum only.
 
-With beta = 0, the default, momentum is the optimizers' own, and stays with its rank. With beta = 0.9 and optimizers
-without momentum the mean moves as with momentum 0.9 in each of them and the same learning rate, while one rank's noise
-goes a tenth of the way before it is averaged; 0.8 and 0.5 share it out, (1 - 0.8) (1 - 0.5) = 1 - 0.9:
-docs/theory.md. Source of the idea: J. Wang, V. Tantia, N. Ballas,
+With beta = 0, the default here, momentum is the optimizers' own, and stays with its rank. With beta = 0.9 and
+optimizers without momentum the mean moves as with momentum 0.9 in each of them and the same learning rate, while one
+rank's noise goes a tenth of the way before it is averaged. `lasgd train` has 0.8 and 0.5, which together go as far as
+0.9 in one place: momentum.py, docs/theory.md. Source of the idea: J. Wang, V. Tantia, N. Ballas,
 M. Rabbat, "SlowMo" (2020), arXiv 1910.00643, for ranks that wait for the mean.
 
 Differences with the paper, of which only the abstract is public to us: averaging by fragments (one fragment is the
@@ -31,11 +31,9 @@ from dataclasses import dataclass
 from lasgd.algorithms.ending import last_exact_average
 from lasgd.algorithms.requests import AllReduceMean, Answer, Gradient, NextRound, Request, Stop, Update
 from lasgd.errors import ConfigurationError
+from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import End, Pace
 from lasgd.replica import Replica
-
-LEAST_FRAGMENTS = 4
-"""With momentum of the mean. A round takes up to one of as many turns and shows in the next: docs/theory.md."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Settings:
 
     @property
     def least_fragments(self) -> int:
-        """What "auto" does not go below: momentum that comes back after half a cycle or later runs away early."""
+        """What "auto" does not go below."""
         return LEAST_FRAGMENTS if self.outer_momentum > 0 else 1
 
 

@@ -114,7 +114,7 @@ def check(settings: Settings, world_size: int) -> None:
 
     algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
     algorithm.check_wire(settings.wire)
-    algorithm.check_momentum(settings.momentum)
+    algorithm.check_momentum(settings.optimizer_momentum)
     merge.rule(settings.merge)
 
 

@@ -181,7 +181,8 @@ def wait_equal_settings(group: Group, settings: Mapping[str, Any], timeout_s: fl
     """Raises the same ConfigurationError on all ranks if any setting differs between them."""
     all_settings = [json.loads(text) for text in group.wait_exchange("settings", _encode(settings), timeout_s)]
     for rank, theirs in zip(group.members, all_settings, strict=True):
-        for key in sorted(all_settings[0].keys() | theirs.keys()):
+        # The algorithm's last: they may follow from another setting, which is the one to name.
+        for key in sorted(all_settings[0].keys() | theirs.keys(), key=lambda key: (key == "algorithm_settings", key)):
             ours = all_settings[0].get(key)
             if theirs.get(key) != ours:
                 raise ConfigurationError(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lasgd.errors import ConfigurationError
+from lasgd.momentum import LEAST_FRAGMENTS, shared_out
 
 Positive = Annotated[float, Field(gt=0)]
 Timeout = Annotated[float, Field(ge=0.001, le=30 * 86400)]
@@ -49,7 +50,8 @@ class Settings(BaseModel):
     outer_lr: Positive | None = None
     """Of diloco's outer step; default 0.7."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of diloco's outer step, default 0.9; of lasgd's mean, default 0: such as 0.8, with --momentum 0.5."""
+    """Of diloco's outer step, default 0.9; of lasgd's mean, default its share of --momentum, 0 with fewer than 4
+    fragments. Where it is given, all of --momentum is the optimizers'."""
     pull: Annotated[float, Field(gt=0, le=1)] | None = None
     """Towards the anchor of overlap_local_sgd, default 0.6; towards easgd's centre, default 0.9 / ranks."""
     anchor_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -75,7 +77,7 @@ class Settings(BaseModel):
     lr: Positive = 0.1
     """Peak learning rate, reached after the warm-up; a cosine of global progress takes it to zero."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD; each rank keeps its own."""
+    """Of SGD; each rank keeps its own. With lasgd it is shared out: 0.5 for the ranks, the rest for their mean."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Of SGD, on all parameters."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -99,8 +101,21 @@ class Settings(BaseModel):
     """Seconds to wait for all ranks to start."""
 
     def algorithm_settings(self) -> dict[str, Any]:
-        """What is given of the settings that are an algorithm's own, by name."""
-        return {name: value for name in OWN_TO_AN_ALGORITHM if (value := getattr(self, name)) is not None}
+        """What is given of the settings that are an algorithm's own, by name, and the mean's share of the momentum."""
+        given = {name: value for name in OWN_TO_AN_ALGORITHM if (value := getattr(self, name)) is not None}
+        if self._shares_momentum:
+            given["outer_momentum"] = shared_out(self.momentum)[1]
+        return given
+
+    @property
+    def optimizer_momentum(self) -> float:
+        """Of each rank's SGD."""
+        return shared_out(self.momentum)[0] if self._shares_momentum else self.momentum
+
+    @property
+    def _shares_momentum(self) -> bool:
+        is_cut = self.fragments == "auto" or self.fragments >= LEAST_FRAGMENTS
+        return self.algorithm == "lasgd" and self.outer_momentum is None and is_cut
 
     def check_budget(self, samples: int, what: str, world_size: int) -> None:
         """Raises ConfigurationError, beginning with `what`, where `samples` is less than one batch on every rank."""

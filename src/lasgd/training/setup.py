@@ -53,7 +53,7 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     return torch.optim.SGD(
         model.parameters(),
         lr=settings.lr,
-        momentum=settings.momentum,
+        momentum=settings.optimizer_momentum,
         weight_decay=settings.weight_decay,
         fused=True,
     )

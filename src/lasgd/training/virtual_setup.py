@@ -170,7 +170,7 @@ def plan(
     compute, network = cluster(settings, world_size, own_step_s)
     algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
     algorithm.check_wire(settings.wire)
-    algorithm.check_momentum(settings.momentum)
+    algorithm.check_momentum(settings.optimizer_momentum)
     return Plan(
         algorithm,
         ranks=world_size,
