@@ -22,6 +22,7 @@ from lasgd.lab.advise import (
     rounds_to_hear_of_all,
 )
 from lasgd.lab.simulation import Plan, simulated
+from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import Column
 from lasgd.virtual.compute_models import Constant, LogNormal, Stalls, Stragglers
 from lasgd.virtual.network_models import Network, Nodes
@@ -63,6 +64,11 @@ def test_on_a_fast_lan_synchronous_sgd_comes_first_because_nothing_is_stale():
     assert found[0].share_of_limit > 1 - ABOUT_EQUAL
     assert found[0].samples_per_s == pytest.approx(8 * 32 / 0.2, rel=ABOUT_EQUAL)
     assert found[0].staleness_steps == found[0].age_steps == 0
+
+
+@pytest.mark.parametrize("bytes_per_s", [math.inf, FAST_LAN])
+def test_lasgd_is_cut_as_a_training_would_cut_it_with_its_momentum_of_the_mean(bytes_per_s):
+    assert of(advices(bytes_per_s=bytes_per_s), "lasgd").fragments == LEAST_FRAGMENTS
 
 
 def test_a_network_that_costs_nothing_makes_all_equally_fast():

@@ -67,6 +67,14 @@ def test_an_algorithm_that_would_lose_what_is_rounded_off_takes_no_wire_format()
         simulated(plan("sync_sgd", wire="int8"))
 
 
+@pytest.mark.parametrize("bytes_per_s", [math.inf, 1e9])
+@pytest.mark.parametrize(("beta", "fragments"), [(0.0, 1), (0.8, 4)])
+def test_on_a_fast_network_auto_leaves_the_vector_whole_but_for_momentum_of_the_mean(beta, fragments, bytes_per_s):
+    text = registry.find("lasgd", {"outer_momentum": beta})
+    fast = Plan(text, 4, Constant(0.1), Network(4, bytes_per_s), VECTOR, samples=240, batch_size=1)
+    assert simulated(fast).fragments == fragments
+
+
 def test_without_communication_ranks_keep_their_own_pace_to_the_last():
     outcome = simulated(plan("independent", compute=Stragglers(Constant(0.1), {3: 4.0})))
     assert outcome.steps_per_s == pytest.approx(3 / 0.1 + 1 / 0.4)

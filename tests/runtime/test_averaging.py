@@ -14,6 +14,7 @@ import lasgd
 from helpers import LIMIT_S, alone, raise_any, small_model, train_step, wait_all
 from lasgd.errors import ConfigurationError, DivergenceError, PeerError, ProtocolError
 from lasgd.group.scripted import Network
+from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import Column, End
 from lasgd.runtime.phase import Phase
 from scripted_driver import Point, vector
@@ -504,6 +505,17 @@ def test_entering_after_an_explicit_start_does_not_start_twice():
             train_step(model, optimizer, 0)
     with pytest.raises(ProtocolError, match="'start' cannot happen when closed"):
         averaging.start()
+
+
+def test_attach_sees_to_the_least_number_of_fragments_that_momentum_of_the_mean_needs():
+    model = small_model()
+    options = {"fragments": "auto", "algorithm_settings": {"outer_momentum": 0.8}}
+    averaging, optimizer = attach(model, Network(1, deliver_at_once=True).group(0), **options)
+    with averaging:
+        while averaging.pace.round < 12:
+            train_step(model, optimizer, 0)
+        assert averaging.pace.fragments >= LEAST_FRAGMENTS
+        averaging.close()
 
 
 # Means

@@ -47,7 +47,7 @@ class Group(Protocol):
     def wait_all_reduce(self, header: Tensor, vector: Tensor, timeout_s: float) -> tuple[float, float]:
         """Replaces both CPU tensors by their sums over the members, in place; bit-identical on all of them.
 
-        A header is a table (world_size, columns), zero but for this member's row: its sum has every member's.
+        The header may be a table (world_size, columns), zero but for this member's row: its sum has every member's.
         They travel at the same time; where the vector is empty, the header alone does. Returns when the header and
         when the vector was complete here, in seconds of time.monotonic(). The header cannot be before all members have
         joined; on a loaded link it may be much later, queued behind the vector. Raises PeerError.

@@ -30,6 +30,7 @@ from lasgd.algorithms import registry
 from lasgd.algorithms.registry import Algorithm
 from lasgd.lab.measured import Measured, read_measured
 from lasgd.lab.simulation import Plan, cluster_of, outcome
+from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import Column, Delay
 from lasgd.tally import RECENT_STEPS, Tally
 from lasgd.virtual.compute_models import CHUNK, ComputeModel
@@ -541,10 +542,10 @@ class _Lab:
         )
 
     def _settled_fragments(self) -> int:
-        """What `auto` comes to: the rule of real runs, told of one round after the other."""
-        delay, fragments = Delay(), 1
+        """What `auto` comes to in `lasgd train`: the rule of real runs, told of one round after the other."""
+        delay, fragments = Delay(LEAST_FRAGMENTS), 1
         if not self._all_reduce_s(1):
-            return 1
+            return min(LEAST_FRAGMENTS, self.vector.elements)
         for _ in range(20 * RECENT_STEPS):
             fragments = delay.fragments(fragments, fragments, self.round_steps(fragments))
         return min(fragments, self.vector.elements)

@@ -43,15 +43,13 @@ class Settings(BaseModel):
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
     """How the averages of lasgd travel; what a coarse format rounds off is in the next contribution."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
-    """Parts of the vector, one averaged per round; auto: as many as the network's delay asks for, 1 to 20; with outer
-    momentum 4 to 20."""
+    """Parts of the vector, one averaged a round; auto: as the network's delay asks, 1 (4 with outer momentum) to 20."""
     steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """A round at most every so many local steps of the median rank, one every 30 s in any case; the H of others."""
     outer_lr: Positive | None = None
     """Of diloco's outer step; default 0.7."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of diloco's outer step, default 0.9; of lasgd's mean, default its share of --momentum, 0 with fewer than 4
-    fragments. Where it is given, all of --momentum is the optimizers'."""
+    """Of diloco's outer step, default 0.9; of lasgd's mean, default its share of --momentum; 0: all is the ranks'."""
     pull: Annotated[float, Field(gt=0, le=1)] | None = None
     """Towards the anchor of overlap_local_sgd, default 0.6; towards easgd's centre, default 0.9 / ranks."""
     anchor_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
