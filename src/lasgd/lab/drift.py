@@ -77,23 +77,23 @@ class Cycle:
         return through(stationary.view(4, 4))[1]
 
     def _product(self, c: float) -> Tensor:
-        whole = torch.eye(4, dtype=torch.float64)
-        for moment, _ in self._moments(c):
-            whole = moment @ whole
-        return whole
+        step, merge, snapshot, correction = self._kinds(c)
+        before = torch.linalg.matrix_power(merge @ step, self.flight) @ snapshot
+        shown = correction @ before if self.flight else merge @ correction @ before
+        return torch.linalg.matrix_power(merge @ step, self.steps - self.flight) @ shown
 
     def _moments(self, c: float) -> list[tuple[Tensor, bool]]:
         """(matrix, whether it is a local step), of one cycle in order."""
-        step, merge, snapshot, correction = (torch.eye(4, dtype=torch.float64) for _ in range(4))
-        step[_U, _X], step[_U, _U] = c, self.momentum
-        step[_X, _X], step[_X, _U] = 1 - c, -self.momentum
-        merge[_X, _R], merge[_R, _R] = 1.0, 0.0
-        snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
-        correction[_R, _S] = -self.gain
+        step, merge, snapshot, correction = self._kinds(c)
         flight = [(step, True), (merge, False)] * self.flight
         after = [(step, True), (merge, False)] * (self.steps - self.flight)
         waited = [(merge, False)] if not self.flight else []
         return [(snapshot, False), *flight, (correction, False), *waited, *after]
+
+    def _kinds(self, c: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        step, merge, snapshot, correction = _moments_of(4, c, self.momentum)
+        correction[_R, _S] = -self.gain
+        return step, merge, snapshot, correction
 
 
 @dataclass(frozen=True)
@@ -109,24 +109,26 @@ class MeanCycle:
 
     def growth(self, c: float) -> float:
         """By how much the mean's distance from the optimum grows from cycle to cycle: a spectral radius."""
-        step, merge, snapshot, correction = (torch.eye(5, dtype=torch.float64) for _ in range(4))
-        step[_U, _X], step[_U, _U] = c, self.momentum
-        step[_X, _X], step[_X, _U] = 1 - c, -self.momentum
-        merge[_X, _R], merge[_R, _R] = 1.0, 0.0
-        snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
+        step, merge, snapshot, correction = _moments_of(5, c, self.momentum)
         correction[_R, _S], correction[_R, _M] = self.outer_momentum, -self.outer_momentum
         correction[_M, _S], correction[_M, _M] = 1.0, 0.0
-        whole = snapshot
-        for moment in [step, merge] * self.flight:
-            whole = moment @ whole
-        whole = correction @ whole
-        for moment in [step, merge] * (self.steps - self.flight):
-            whole = moment @ whole
+        before = torch.linalg.matrix_power(merge @ step, self.flight) @ snapshot
+        whole = torch.linalg.matrix_power(merge @ step, self.steps - self.flight) @ correction @ before
         return float(torch.linalg.eigvals(whole).abs().max())
 
     def limit(self) -> float:
         """The least c at which the mean runs away, to 3 %; infinite if there is none below 4."""
         return _least_growing(self.growth)
+
+
+def _moments_of(parts: int, c: float, momentum: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step, merge, snapshot, and a correction that does nothing yet, on so many of (x, u, r, s, m')."""
+    step, merge, snapshot, correction = (torch.eye(parts, dtype=torch.float64) for _ in range(4))
+    step[_U, _X], step[_U, _U] = c, momentum
+    step[_X, _X], step[_X, _U] = 1 - c, -momentum
+    merge[_X, _R], merge[_R, _R] = 1.0, 0.0
+    snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
+    return step, merge, snapshot, correction
 
 
 def _least_growing(growth: Callable[[float], float]) -> float:

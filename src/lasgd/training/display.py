@@ -18,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lasgd.training.room import LEAST_ROOM, room_of
+
 OVERRUN_LIMIT = 0.02
 """Above this share of padded steps that outlasted their padding, rates stand for nothing."""
 
@@ -267,6 +269,13 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{overrun:.1%} of the steps outlasted their padding (limit {OVERRUN_LIMIT:.0%}): the rates of this run "
             "stand for nothing. Use a longer step=, a smaller model or fewer ranks."
+        )
+    share = room_of(run)
+    if share is not None and share < LEAST_ROOM:
+        found.append(
+            f"averages as late as these leave the learning rate {share:.0%} of the room that synchronous SGD has "
+            "(docs/theory.md): where the loss is steep the ranks, or their mean, swing ever further at a learning rate "
+            "that would suit it. Use --fragments auto, --wire int8, or a lower --lr."
         )
     if run.get("replicas_identical") is False and run["algorithm"] != "independent":
         found.append("the replicas differ at the end, which must not happen: please report it.")
