@@ -32,11 +32,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Bar, Report, arguments_for, run_card, where_to_store
+from common import FOLDER, RESULTS, Bar, Report, arguments_for, run_card, where_to_store
+from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
 from lasgd.lab.cores import usable_cores
 from lasgd.training.run_folder import read_run
 
+SHIPPED = frozenset(registry.names())
 STEP_S = 0.1
 GRID = (0.0125, 0.025, 0.05, 0.1)
 SEEDS = (0, 1, 2)
@@ -106,6 +108,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     f"{DEFAULT}, int8": {"outer_momentum": 0.8, "momentum": 0.5, "wire": "int8"},
     "momentum of both, 0.8 and 0.5, whole vector": {"outer_momentum": 0.8, "momentum": 0.5, "fragments": 1},
     "momentum of both, 0.5 and 0.8": {"outer_momentum": 0.5, "momentum": 0.8},
+    "half gain": {"algorithm": "half_gain"},
+    "half gain, whole vector": {"algorithm": "half_gain", "fragments": 1},
+    "adaptive gain": {"algorithm": "adaptive_gain"},
+    "adaptive gain, whole vector": {"algorithm": "adaptive_gain", "fragments": 1},
+    "momentum cleared, whole vector": {"algorithm": "cleared", "fragments": 1},
+    "weighted by steps": {"algorithm": "weighted_steps"},
+    "by drift, 10 fragments": {"algorithm": "by_drift", "fragments": 10},
 }
 """Options of `lasgd simulate` by label. Where momentum is in both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one:
 so the same learning rate moves the mean as far."""
@@ -144,7 +153,9 @@ class Trial:
             "out": out,
         }
         words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return [sys.executable, "-m", "lasgd", "simulate", *words]
+        is_shipped = options.get("algorithm", "lasgd") in SHIPPED
+        program = ["-m", "lasgd"] if is_shipped else [str(FOLDER / "candidates.py")]
+        return [sys.executable, *program, "simulate", *words]
 
 
 # Running

@@ -19,13 +19,16 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("common", "learning"):
+    for name in ("candidates", "common", "learning"):
         sys.modules.pop(name, None)
 
 
-def test_every_candidate_is_a_run_that_lasgd_takes():
+def test_every_candidate_is_a_run_that_lasgd_takes(monkeypatch):
+    import candidates
     from learning import CANDIDATES, SCREEN
 
+    monkeypatch.setattr(registry, "_ALGORITHMS", dict(registry._ALGORITHMS))
+    candidates.register()
     for options in CANDIDATES.values():
         settings = SimulationSettings.model_validate({"condition": SCREEN.condition, **options})
         algorithm = registry.find(settings.algorithm, settings.algorithm_settings())

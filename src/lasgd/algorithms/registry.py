@@ -171,6 +171,13 @@ _ALGORITHMS = {
 }
 
 
+def add(algorithm: Algorithm) -> None:
+    """Lets `--algorithm` and `attach` know one more, in this process. Raises ConfigurationError for a name in use."""
+    if algorithm.name in _ALGORITHMS:
+        raise ConfigurationError(f"there is an algorithm {algorithm.name!r} already; give yours another name")
+    _ALGORITHMS[algorithm.name] = algorithm
+
+
 def names() -> tuple[str, ...]:
     """The names that `--algorithm` takes."""
     return tuple(_ALGORITHMS)

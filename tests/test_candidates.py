@@ -1,0 +1,146 @@
+"""The rules of benchmarks/candidates.py are what they say they are, on models that can be worked out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lasgd.algorithms import registry
+from lasgd.pace import Pace
+from lasgd.replica import Replica
+from lasgd.tally import Tally
+from lasgd.virtual.cluster import Cluster, Rank
+from scripted_driver import Point
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(registry, "_ALGORITHMS", dict(registry._ALGORITHMS))
+    import candidates
+
+    candidates.register()
+    yield candidates
+    sys.modules.pop("candidates", None)
+
+
+class Steps:
+    """Each local step multiplies x by `keeps`; or adds `adds`."""
+
+    def __init__(self, model: Point, keeps: float = 1.0, adds: float = 0.0):
+        self.model, self.keeps, self.adds = model, keeps, adds
+        self.seen: list[float] = []
+
+    def begin(self) -> None:
+        pass
+
+    def gradient(self) -> None:
+        self.seen.append(self.model.x.detach().view(-1)[0].item())
+
+    def update(self, progress: float) -> None:
+        with torch.no_grad():
+            self.model.x.mul_(self.keeps).add_(self.adds)
+
+
+def run(name: str, works_of, delay: int = 5, samples: int = 200, values=(0.0, 8.0), fragments: int = 1, step_s=None):
+    models = [Point([value] * 4, torch.float64) for value in values]
+    replicas = [Replica(model, Tally(1, rank), fragments) for rank, model in enumerate(models)]
+    works = [works_of(rank, model) for rank, model in enumerate(models)]
+    text, pace = registry.find(name), Pace(len(values), samples)
+    durations = step_s or [1.0] * len(values)
+    ranks = [
+        Rank(replica, iter([seconds] * 10_000), work)
+        for replica, work, seconds in zip(replicas, works, durations, strict=True)
+    ]
+    begins = iter([delay + 0.25])
+    Cluster(text.compute, text.communicate, ranks, [pace], lambda *_: next(begins, float(delay)), 32).run()
+    return works
+
+
+def gap(works: list[Steps], step: int) -> float:
+    return works[1].seen[step] - works[0].seen[step]
+
+
+def test_half_a_gain_leaves_half_of_the_difference_and_full_none():
+    assert gap(run("lasgd", lambda _, model: Steps(model)), 15) == pytest.approx(0.0)
+    halved = run("half_gain", lambda _, model: Steps(model))
+    gaps = sorted({round(gap(halved, step), 9) for step in range(60)}, reverse=True)
+    assert gaps[:4] == [8.0, 4.0, 2.0, 1.0]
+
+
+def test_the_adaptive_gain_becomes_what_the_local_steps_leave_of_a_difference():
+    # Steps keep 0.7, a round takes five: 0.7^5 of a difference is left when its mean comes, and `full` takes all of it.
+    # The gain is known from the second correction on. By then both are small, so they are compared.
+    keeps, delay = 0.7, 5
+    full = run("lasgd", lambda _, model: Steps(model, keeps), delay)
+    adaptive = run("adaptive_gain", lambda _, model: Steps(model, keeps), delay)
+    of_full = [abs(gap(full, step)) / keeps**step for step in range(60)]
+    of_adaptive = [abs(gap(adaptive, step)) / keeps**step for step in range(60)]
+    assert of_full[30] > 100  # in units of what ranks would have that never average: grown
+    assert of_adaptive[30] < of_full[30] / 10
+
+
+def test_the_adaptive_gain_is_one_where_local_steps_forget_nothing():
+    works = run("adaptive_gain", lambda rank, model: Steps(model, adds=float(rank)), values=(0.0, 0.0))
+    plain = run("lasgd", lambda rank, model: Steps(model, adds=float(rank)), values=(0.0, 0.0))
+    assert works[0].seen == pytest.approx(plain[0].seen)
+
+
+def test_gains_move_the_mean_by_nothing():
+    for name in ("half_gain", "adaptive_gain", "by_drift"):
+        works = run(name, lambda _, model: Steps(model), values=(0.0, 2.0, 10.0), samples=300, fragments=2)
+        assert sum(work.seen[90] for work in works) == pytest.approx(12.0), name
+
+
+def test_a_rank_that_takes_more_steps_weighs_more():
+    # Rank 0 takes four times as many steps and adds one with each; rank 1 adds nothing. With equal weights the mean
+    # goes half as far as rank 0, with four to one four fifths.
+    def far(name: str) -> float:
+        works = run(
+            name,
+            lambda rank, model: Steps(model, adds=float(rank == 0)),
+            values=(0.0, 0.0),
+            step_s=[1.0, 4.0],
+            samples=250,
+            delay=4,
+        )
+        return works[0].seen[190]
+
+    assert far("weighted_steps") > 1.3 * far("lasgd")
+
+
+def test_clearing_clears_where_something_was_shown(known):
+    cleared = []
+    model = Point([0.0] * 4, torch.float64)
+    replica = Replica(model, Tally(1))
+    replica.on_recovery = lambda: cleared.append(True)
+    text = known.compute_cleared(replica, Pace(1, 100))
+    next(text), text.send(None), text.send(None)
+    assert not cleared
+    fragment = replica.next_fragment(1)
+    sent = replica.snapshot(fragment)
+    replica.correct(fragment, sent, known.Mean(torch.ones(4, dtype=torch.float64)))
+    text.send(None), text.send(None)
+    assert cleared == [True]
+
+
+def test_by_drift_lets_all_go_once_and_then_the_one_that_drifts_most(known):
+    drifts = known.Drifts()
+    order = []
+    for round_ in range(12):
+        order.append(drifts.next(round_, 3))
+        assert drifts.next(round_, 3) == order[-1], "all ranks take the same"
+        drifts.say(round_ + 1, order[-1], 1.0 if order[-1] else 10.0 * max(1, round_))
+    assert order[:3] == [0, 1, 2]
+    assert order[3:].count(0) > order[3:].count(1)
+    assert set(order[3:]) == {0, 1, 2}, "none is forgotten"
+
+
+def test_a_name_that_is_in_use_is_refused(known):
+    with pytest.raises(known.registry.ConfigurationError, match="half_gain"):
+        registry.add(known.CANDIDATES[0])
