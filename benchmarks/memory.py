@@ -4,10 +4,11 @@ Two fresh processes average over Gloo. They run no forward or backward pass, onl
 which differ between the ranks: activations would blur the memory, and corrections are as real as in training.
 
     extra bytes      resident set, stepping with averaging minus alone          <= (1 + 2/F) parameter bytes + 16 MB
+                     the same with momentum of the mean, which keeps a mean      <= (2 + 2/F) parameter bytes + 16 MB
     step boundaries  all time in lasgd's optimizer hooks per cycle of fragments  <= 2 plain copies of the parameters
     allocation       tensors made per round after the first cycle; growth of the resident set
 
-    python benchmarks/memory.py              F = 1 and 5, about 5 minutes
+    python benchmarks/memory.py              F = 1 and 5, and 4 with momentum of the mean, about 8 minutes
     python benchmarks/memory.py --quick      does it work?
 """
 
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,30 @@ SMALL_BYTES = 1024
 GROWTH_BYTES = 10 * MB
 """Half of the smallest fragment measured here, so less than one leaked buffer. Gloo holds some MB within a round."""
 RANK_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured in one pair of processes."""
+
+    fragments: int
+    outer_momentum: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """`F`, or `F:outer momentum`."""
+        fragments, _, outer = text.partition(":")
+        return cls(int(fragments), float(outer or 0))
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"F = {self.fragments}" + (f", momentum of the mean {self.outer_momentum:g}" * bool(self.outer_momentum))
+
+    @property
+    def allowed_copies(self) -> float:
+        """Of extra memory, in copies of the parameters, without the allowance."""
+        return (2 if self.outer_momentum else 1) + 2 / self.fragments
 
 
 class BoundaryClock:
@@ -148,12 +174,13 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def rank_main(rank: int, fragments: int, rounds: int, cycles: int, seed: int, folder: str) -> None:
+def rank_main(rank: int, cell: Cell, rounds: int, cycles: int, seed: int, folder: str) -> None:
     """One rank's process; rank 0 leaves its figures in the folder."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
     model = seeded_resnet50(seed)
     parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+    momentum = 0.5 if cell.outer_momentum else 0.9  # both multiply; its buffer has the same size
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=momentum)
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -166,7 +193,13 @@ def rank_main(rank: int, fragments: int, rounds: int, cycles: int, seed: int, fo
 
     group = C10dGroup(dist.FileStore(f"{folder}/store", RANKS), rank, RANKS, 120.0)
     averaging = lasgd.attach(
-        model, optimizer, samples=10**12, batch_size=1, fragments=fragments, timeout_s=300.0, group=group
+        *(model, optimizer),
+        samples=10**12,
+        batch_size=1,
+        fragments=cell.fragments,
+        algorithm_settings={"outer_momentum": cell.outer_momentum},
+        timeout_s=300.0,
+        group=group,
     )
     clock.close_bracket()
     on_round = CountRounds()
@@ -260,10 +293,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high, "count": len(values)}
 
 
-def judge(asked: int, figures: dict[str, Any]) -> list[Bar]:
-    """The bars of one number of fragments."""
-    model_bytes, name = figures["parameter_bytes"], f"F = {asked}"
-    allowed = (1 + 2 / asked) * model_bytes + ALLOWANCE_BYTES
+def judge(cell: Cell, figures: dict[str, Any]) -> list[Bar]:
+    """The bars of one cell."""
+    name = cell.name
+    allowed = cell.allowed_copies * figures["parameter_bytes"] + ALLOWANCE_BYTES
     extra = max(figures["extra_bytes"]["rss"], figures["extra_tensor_bytes"])
     growth = figures["growth_bytes"]["rss"]
     per_round = figures["allocated_per_round"]
@@ -280,12 +313,12 @@ def judge(asked: int, figures: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def run_ranks(fragments: int, rounds: int, cycles: int, seed: int) -> dict[str, Any]:
+def run_ranks(cell: Cell, rounds: int, cycles: int, seed: int) -> dict[str, Any]:
     """Starts the ranks as fresh processes; returns rank 0's figures. Raises SystemExit if one of them fails."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="lasgd-memory-") as folder:
         ranks = [
-            context.Process(target=rank_main, args=(rank, fragments, rounds, cycles, seed, folder), daemon=True)
+            context.Process(target=rank_main, args=(rank, cell, rounds, cycles, seed, folder), daemon=True)
             for rank in range(RANKS)
         ]
         for process in ranks:
@@ -305,23 +338,36 @@ def run_ranks(fragments: int, rounds: int, cycles: int, seed: int) -> dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures each number of fragments; returns the exit code."""
+    """Measures each cell; returns the exit code."""
     parser = arguments_for("memory", __doc__)
-    parser.add_argument("--fragments", default="1,5", help="numbers of fragments; default 1,5")
+    parser.add_argument(
+        "--fragments",
+        default="1,5,4:0.8",
+        help="numbers of fragments, each with the momentum of the mean after a colon or without; default %(default)s",
+    )
     parser.add_argument("--rounds", type=int, help="rounds over which growth is measured; default 200")
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/smaps_rollup").exists():
         raise SystemExit("memory: reads /proc/self/smaps_rollup, which this system does not have; run it on Linux")
-    numbers = [int(number) for number in arguments.fragments.split(",")]
+    try:
+        cells = [Cell.parse(text) for text in arguments.fragments.split(",")]
+    except ValueError:
+        parser.error(f"--fragments: expected such as 1,5,4:0.8, got {arguments.fragments!r}")
     rounds = arguments.rounds or (10 if arguments.quick else 200)
     cycles = 3 if arguments.quick else 25
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    settings = {"quick": arguments.quick, "ranks": RANKS, "rounds": rounds, "fragments": numbers, "model": "ResNet50"}
+    settings = {
+        "quick": arguments.quick,
+        "ranks": RANKS,
+        "rounds": rounds,
+        "fragments": arguments.fragments,
+        "model": "ResNet50",
+    }
     report = Report("memory", run_card(settings, [arguments.seed]))
-    for fragments in numbers:
-        figures = run_ranks(fragments, rounds, cycles, arguments.seed)
-        report.figures[str(fragments)] = figures
-        for bar in judge(fragments, figures):
+    for cell in cells:
+        figures = run_ranks(cell, rounds, cycles, arguments.seed)
+        report.figures[cell.name] = figures
+        for bar in judge(cell, figures):
             report.add(bar)
     return report.finish(where_to_store("memory", arguments))
 

@@ -1,0 +1,82 @@
+"""The text of benchmarks/characters.py is as hard as it says, and its runs train what they say."""
+
+from __future__ import annotations
+
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("characters", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_the_entropy_is_what_one_who_knows_the_language_needs_for_its_text():
+    from characters import Language
+
+    language = Language.of_seed(3, words=40)
+    words = language.text(7, 40_000).split()
+    place = {word: index for index, word in enumerate(language.words)}
+    needed = 0.0
+    for here, there in pairwise(words):
+        needed -= math.log(language.weights[language.successors[place[here]].index(place[there])])
+    assert language.entropy() == pytest.approx(needed / sum(len(word) + 1 for word in words[1:]), rel=0.02)
+
+
+def test_a_language_and_its_texts_are_functions_of_their_seeds():
+    from characters import Language, encoded
+
+    one, same, other = Language.of_seed(1), Language.of_seed(1), Language.of_seed(2)
+    assert one == same != other
+    assert one.text(5, 100) == same.text(5, 100) != one.text(6, 100)
+    letters = encoded(one.text(5, 100), one.alphabet)
+    assert "".join(one.alphabet[letter] for letter in letters.tolist()) == one.text(5, 100)
+
+
+def test_no_character_is_foretold_from_those_after_it():
+    from characters import CONTEXT, Reader
+
+    torch.manual_seed(0)
+    model, letters = Reader(12).eval(), torch.randint(12, (1, CONTEXT))
+    changed = letters.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 12
+    with torch.no_grad():
+        before, after = model(letters), model(changed)
+    assert torch.allclose(before[0, :20], after[0, :20], atol=1e-6)
+    assert not torch.allclose(before[0, 20:], after[0, 20:], atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("label", ["sync_sgd", "momentum shared out", "full"])
+def test_a_short_run_learns_more_than_how_often_letters_come(optimizer, label):
+    from characters import Language, encoded, trained
+
+    torch.set_num_threads(1)
+    language = Language.of_seed(0)
+    letters = encoded(language.text(1, 3000), language.alphabet)
+    shares = letters.bincount().double() / len(letters)
+    alone = -(shares * shares.log()).sum().item()
+    loss = trained(language, optimizer, label, "delay 1", seed=0, samples=6000)
+    assert loss is not None and language.entropy() < loss < 0.9 * alone
+
+
+def test_the_bars_compare_what_is_recommended_with_synchronous_sgd():
+    from characters import CLUSTERS, bars
+
+    def record(algorithm: str, loss: list[float | None]) -> dict:
+        return {"optimizer": "sgd", "cluster": next(iter(CLUSTERS)), "algorithm": algorithm, "loss": loss}
+
+    first = bars([record("sync_sgd", [1.0, 1.0]), record("momentum shared out", [1.1, 1.2])])[0]
+    assert first.value == pytest.approx(1.15) and first.holds is False
+    assert bars([record("sync_sgd", [1.0]), record("momentum shared out", [None])])[0].holds is False
+    assert bars([record("sync_sgd", [1.0])])[0].holds is None
