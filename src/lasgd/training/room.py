@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lasgd.lab.drift import Cycle, MeanCycle
 from lasgd.training.settings import Settings
 
 LEAST_ROOM = 0.1
@@ -25,6 +24,8 @@ def room(momentum: float, outer_momentum: float, fragments: int, late: int, step
     late              local steps between a fragment's snapshot and the boundary that shows its mean, at least 1
     steps_per_round   local steps between the begins of two rounds
     """
+    from lasgd.lab.drift import Cycle, MeanCycle  # here, because it loads torch, and the command line shows summaries
+
     flight = max(1, late - 1)  # the boundary at which a mean is shown is the next one after it has come
     steps = max(flight, round(fragments * steps_per_round))
     limit = Cycle(steps, flight, momentum).limit()
