@@ -66,10 +66,10 @@ def _communicate(
         fragment = choose(replica, pace)
         sent = weigh(replica, replica.snapshot(fragment))
         outcome = yield AllReduceMean(sent)
-        pace.agree(outcome)  # type: ignore[arg-type]
-        if isinstance(outcome, Failure) or (isinstance(outcome, Mean) and outcome.values is None):
+        assert isinstance(outcome, Mean | Failure)
+        pace.agree(outcome)
+        if isinstance(outcome, Failure) or outcome.values is None:
             continue
-        assert isinstance(outcome, Mean)
         correct(replica, pace, fragment, sent, outcome)
     if pace.end in (End.SAMPLES, End.LEFT):
         yield from last_exact_average(replica, pace)
