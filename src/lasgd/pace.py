@@ -101,14 +101,14 @@ class Pace:
     ):
         """The budget is `samples` of all ranks together, or `seconds` from the start of the run.
 
-        `least_fragments`: what "auto" does not go below, once it knows the delay.
+        `least_fragments`: what "auto" begins with and does not go below.
         """
         if (samples is None) == (seconds is None):
             raise ConfigurationError("the budget is either a number of samples or one of seconds")
         self.world_size = world_size
         self.budget, self.budget_s = samples, seconds
         self.steps_per_round = steps_per_round
-        self.fragments = 1 if fragments == "auto" else fragments
+        self.fragments = least_fragments if fragments == "auto" else fragments
         self.round = 0
         """Finished rounds."""
         self.samples = 0
@@ -224,8 +224,6 @@ class Pace:
         parts = int(table[:, Column.PARTS].max())  # the same on all that know it
         if self._delay and step_s and round_s:
             self.fragments = self._delay.fragments(self.fragments, parts, round_s / step_s)
-        elif self._delay and step_s and parts:  # rounds take no time at all, as in a simulation
-            self.fragments = max(self.fragments, self._delay.least)
 
     def _pause_s(self, table: np.ndarray, step_s: float) -> float:
         """Seconds from one round's begin to the next: `steps_per_round` local steps, or until something is due."""
@@ -287,7 +285,8 @@ class Delay:
     More than D = a + b fragments win nothing, because a mean is shown at the next step boundary at the soonest. So
     F = min(D, sqrt(2 b/a)), rounded up: D where bandwidth is all, 1 where cutting only makes averages rarer.
 
-    The share q = a/D is learnt where F changes much, and forgotten where D does: until it is known again, F = D.
+    The share q = a/D is learnt where F changes much, and forgotten where D does: until it is known again, F = D, but of
+    more than one at most twice as many, for behind a latency the way back from too many is long.
     Delays are medians of the latest rounds: one slow round changes nothing, a link that has changed its speed is
     believed when it has been so for half of them. Rounds of another cut than the present one are not mixed in.
     """
@@ -335,6 +334,8 @@ class Delay:
         elif self._learnt_at and _factor(self._whole(parts, delay), self._learnt_at) >= self.OTHER_NETWORK:
             self._latency_share = self._learnt_at = 0.0
         whole, share = self._whole(parts, delay), self._latency_share
+        if not self._learnt_at and parts > 1:
+            return min(whole, 2.0 * parts)
         return min(whole, math.sqrt(2 * (1 - share) / share)) if share else whole
 
     def _whole(self, parts: int, delay: float) -> float:

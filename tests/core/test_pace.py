@@ -319,10 +319,11 @@ def test_a_given_number_of_fragments_is_never_changed():
 
 
 @pytest.mark.parametrize("latency, bandwidth, fragments", [(0, 0, 4), (0.1, 0.1, 4), (8, 0, 4), (0, 3, 4), (0, 8, 8)])
-def test_it_does_not_go_below_the_least_number_once_the_delay_is_known(latency, bandwidth, fragments):
+def test_it_begins_with_the_least_number_and_does_not_go_below(latency, bandwidth, fragments):
     wire = Wire(latency, bandwidth, least=4)
     assert abs(wire.run(200) - fragments) <= (fragments > 4)
-    assert wire.asked[0] == 1
+    assert wire.asked[0] == min(wire.asked) == 4
+    assert max(wire.asked) <= 8, "twice as many are enough to tell latency from bandwidth"
     assert wire.changes() <= 3
 
 

@@ -303,7 +303,8 @@ def test_only_what_does_not_depend_on_when_is_computed_ahead():
 
 @pytest.mark.parametrize("algorithm", registry.names())
 def test_every_algorithm_leaves_a_folder_that_says_how_far_apart_the_replicas_were(tmp_path, algorithm):
-    record = run(tmp_path / "run", algorithm=algorithm, condition="link=200mbit+step=100ms", evaluations=4, lr=0.01)
+    condition = "link=200mbit+step=100ms"
+    record = run(tmp_path / "run", algorithm=algorithm, condition=condition, evaluations=4, samples=480, lr=0.01)
     agrees = registry.find(algorithm).agrees
     assert record.replicas_identical is agrees
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def least_fragments(self) -> int:
-        """What "auto" does not go below."""
+        """What "auto" begins with and does not go below."""
         return LEAST_FRAGMENTS if self.outer_momentum > 0 else 1
 
 

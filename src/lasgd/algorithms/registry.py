@@ -96,7 +96,7 @@ class Algorithm:
 
     @property
     def least_fragments(self) -> int:
-        """What `fragments="auto"` does not go below."""
+        """What `fragments="auto"` begins with and does not go below."""
         return getattr(self.settings, "least_fragments", 1)
 
     @property

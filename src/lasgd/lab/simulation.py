@@ -55,7 +55,7 @@ class Plan:
     @property
     def first_cut(self) -> int:
         """The fragments that a run begins with."""
-        return 1 if self.cut == "auto" else self.cut
+        return self.algorithm.least_fragments if self.cut == "auto" else self.cut
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def attach(
     tally = Tally(batch_size)
     cut = fragments if found.takes_fragments else 1
     kind = MeanGradients if ddp else Replica
-    replica = kind(model, tally, 1 if cut == "auto" else cut, merge_rule(merge), keeps_mean=found.keeps_mean)
+    first_cut = found.least_fragments if cut == "auto" else cut
+    replica = kind(model, tally, first_cut, merge_rule(merge), keeps_mean=found.keeps_mean)
     check_optimizers(optimizers)
     found.check_momentum(
         max((group.get("momentum", 0.0) for one in optimizers for group in one.param_groups), default=0)
