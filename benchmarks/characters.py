@@ -1,14 +1,15 @@
 """Does the default work untuned where nobody tuned it? A small language model, SGD and AdamW, in virtual time.
 
-    python benchmarks/characters.py            both optimizers, three clusters, three seeds
+    python benchmarks/characters.py            both optimizers, three clusters, three seeds, a run on each core
     python benchmarks/characters.py --quick    does it work?
     python benchmarks/characters.py --optimizers adamw --clusters "delay 10" --seeds 0
 
 A transformer of some hundred thousand parameters reads 32 characters and foretells each next one. The text is made up
 from the seed: words of two or three syllables, each of which a few others may follow. So it is known how well any
-model could do, and no text need be shipped. Four ranks, each with windows of its own; a learning rate for each
-optimizer, that is the same for every algorithm, with a warm-up and a cosine of global progress. Clusters are as in
-learning.py: so many local steps for the whole vector on the wire, and perhaps a rank that is four times slower.
+model could do, and no text need be shipped. Four ranks, each with windows of its own; a warm-up and a cosine of global
+progress. Each optimizer's learning rate is the one of a few that synchronous SGD learns best with, and all take it.
+Clusters are as in learning.py: so many local steps for the whole vector on the wire, and perhaps a rank that is four
+times slower.
 
 Given is the loss on held-out text, over that of synchronous SGD: 1 is as good as waiting in every step.
 """
@@ -21,7 +22,10 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product, repeat
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -31,6 +35,7 @@ from torch.nn import functional
 from common import Bar, Report, arguments_for, run_card, where_to_store
 from lasgd.algorithms import registry
 from lasgd.errors import ConfigurationError
+from lasgd.lab.cores import usable_cores
 from lasgd.lab.simulation import Plan, cluster_of
 from lasgd.momentum import shared_out
 from lasgd.pace import End
@@ -156,11 +161,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One that is in wide use, at a learning rate that is."""
+    """One that is in wide use."""
 
     make: Callable[[nn.Module, float, float], torch.optim.Optimizer]
     """Of model, learning rate and momentum."""
-    lr: float
+    grid: tuple[float, ...]
+    """Learning rates, of which synchronous SGD chooses."""
     share: Callable[[float], float] = field(default=lambda outer: 1.0)
     """By what the learning rate is multiplied where the mean has so much momentum."""
 
@@ -174,9 +180,9 @@ def _adamw(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimize
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer(_sgd, 0.1),
+    "sgd": Optimizer(_sgd, (0.2, 0.4, 0.8, 1.6, 3.2)),
     # Its step is a mean of gradients and no sum of them: momentum does not lengthen it, that of the mean does.
-    "adamw": Optimizer(_adamw, 2e-3, share=lambda outer: 1 - outer),
+    "adamw": Optimizer(_adamw, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), share=lambda outer: 1 - outer),
 }
 ALGORITHMS: dict[str, tuple[str, Mapping[str, Any], float]] = {
     "sync_sgd": ("sync_sgd", {}, 0.0),
@@ -191,35 +197,53 @@ CLUSTERS = {"delay 1": (1.0, False), "delay 10": (10.0, False), "delay 10, strag
 """(local steps for the whole vector, whether the last rank is four times slower) by name."""
 
 
-def trained(language: Language, optimizer: str, label: str, cluster: str, seed: int, samples: int) -> float | None:
+@dataclass(frozen=True)
+class Run:
+    """One to be done."""
+
+    optimizer: str
+    lr: float
+    label: str
+    cluster: str
+    seed: int
+    samples: int
+
+
+def plan_of(run: Run, parameters: int) -> Plan:
+    """The cluster, for a model with so many."""
+    name, settings, _ = ALGORITHMS[run.label]
+    delay, is_held = CLUSTERS[run.cluster]
+    compute: ComputeModel = Constant(STEP_S)
+    return Plan(
+        registry.find(name, settings),
+        RANKS,
+        Stragglers(compute, {RANKS - 1: 4.0}) if is_held else compute,
+        Network(RANKS, math.inf, round_s=delay * STEP_S),
+        Vector(parameters),
+        run.samples,
+        BATCH,
+        steps_per_round=10.0 if name == "local_sgd" else 1.0,
+    )
+
+
+def trained(language: Language, run: Run) -> float | None:
     """Held-out loss of one run's final mean, in nats per character; None where it has diverged."""
+    seed = run.seed
     torch.manual_seed(seed)
-    recipe, (name, settings, outer) = OPTIMIZERS[optimizer], ALGORITHMS[label]
-    algorithm = registry.find(name, settings)
+    recipe, outer = OPTIMIZERS[run.optimizer], ALGORITHMS[run.label][2]
     momentum = shared_out(0.9)[0] if outer else 0.9
     text = encoded(language.text(2 * seed, 60_000), language.alphabet)
     models = [Reader(len(language.alphabet))]
     models += [copy.deepcopy(models[0]) for _ in range(1, RANKS)]
-    lr = recipe.lr * recipe.share(outer)
+    lr = run.lr * recipe.share(outer)
     works = [
         Reading(rank, seed, model, recipe.make(model, lr, momentum), lr, text) for rank, model in enumerate(models)
     ]
+    plan = plan_of(run, sum(parameter.numel() for parameter in models[0].parameters()))
     replicas = [
-        Replica(model, Tally(BATCH, rank), 1, keeps_mean=algorithm.keeps_mean) for rank, model in enumerate(models)
+        Replica(model, Tally(BATCH, rank), plan.first_cut, keeps_mean=plan.algorithm.keeps_mean)
+        for rank, model in enumerate(models)
     ]
-    vector = Vector(replicas[0].layout.size)
-    delay, is_held = CLUSTERS[cluster]
-    compute: ComputeModel = Constant(STEP_S)
-    plan = Plan(
-        algorithm,
-        RANKS,
-        Stragglers(compute, {RANKS - 1: 4.0}) if is_held else compute,
-        Network(RANKS, vector.nbytes, round_s=delay * STEP_S),
-        vector,
-        samples,
-        BATCH,
-        steps_per_round=10.0 if name == "local_sgd" else 1.0,
-    )
     virtual, paces = cluster_of(plan, replicas, works)
     virtual.run()
     return None if paces[0].end is End.DIVERGED else held_out_loss(models[0], language, seed)
@@ -231,6 +255,32 @@ def held_out_loss(model: nn.Module, language: Language, seed: int) -> float:
     text = encoded(language.text(2 * seed + 1, 3000), language.alphabet)
     windows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     return statistics.fmean(loss_of(model.eval(), part).item() for part in windows.split(64))
+
+
+def tuned(
+    losses_of: Callable[[Sequence[Run]], list[float | None]], optimizers: Sequence[str], seed: int, samples: int
+) -> dict[str, dict[float, float | None]]:
+    """What synchronous SGD's loss is with each learning rate, by optimizer; None where it has diverged."""
+    tries = [
+        Run(optimizer, lr, REFERENCE, next(iter(CLUSTERS)), seed, samples)
+        for optimizer in optimizers
+        for lr in OPTIMIZERS[optimizer].grid
+    ]
+    grids: dict[str, dict[float, float | None]] = {optimizer: {} for optimizer in optimizers}
+    for run, loss in zip(tries, losses_of(tries), strict=True):
+        print(f"    {run.optimizer}: {REFERENCE} with a learning rate of {run.lr:g}: {said(loss)}", flush=True)
+        grids[run.optimizer][run.lr] = loss
+    return grids
+
+
+def best(grid: Mapping[float, float | None]) -> float:
+    """The learning rate with the lowest loss; the first one if all have diverged."""
+    return min(grid, key=lambda lr: math.inf if (loss := grid[lr]) is None else loss)
+
+
+def said(loss: float | None) -> str:
+    """In words."""
+    return "diverged" if loss is None else f"{loss:.4f}"
 
 
 def bars(records: Sequence[Mapping[str, Any]]) -> list[Bar]:
@@ -270,21 +320,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := [word for word in asked if word not in known]:
             raise ConfigurationError(f"--{option}: {unknown[0]!r} is none of {'; '.join(known)}")
     samples, seeds = (2000, seeds[:1]) if arguments.quick else (SAMPLES, seeds)
-    torch.set_num_threads(1)
     language = Language.of_seed(arguments.seed)
-    settings = {"quick": arguments.quick, "ranks": RANKS, "batch_size": BATCH, "samples": samples}
-    settings |= {"lr": {name: recipe.lr for name, recipe in OPTIMIZERS.items()}, "warmup": WARMUP}
-    report = Report("characters", run_card(settings, seeds))
+    with ProcessPoolExecutor(usable_cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+
+        def losses_of(runs: Sequence[Run]) -> list[float | None]:
+            return list(pool.map(trained, repeat(language), runs))
+
+        grids = tuned(losses_of, optimizers, seeds[0], samples)
+        chosen = {name: best(grid) for name, grid in grids.items()}
+        settings = {"quick": arguments.quick, "ranks": RANKS, "batch_size": BATCH, "samples": samples}
+        report = Report("characters", run_card(settings | {"lr": chosen, "warmup": WARMUP}, seeds))
+        cells = list(product(optimizers, clusters, labels))
+        losses = losses_of(
+            [
+                Run(optimizer, chosen[optimizer], label, cluster, seed, samples)
+                for optimizer, cluster, label in cells
+                for seed in seeds
+            ]
+        )
     records = []
-    for optimizer in optimizers:
-        for cluster in clusters:
-            for label in labels:
-                losses = [trained(language, optimizer, label, cluster, seed, samples) for seed in seeds]
-                said = ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in losses)
-                print(f"    {optimizer}, {cluster}: {label}: {said}", flush=True)
-                record = {"optimizer": optimizer, "cluster": cluster, "algorithm": label}
-                records.append(record | {"loss": losses, "seeds": seeds})
-    report.figures = {"entropy": language.entropy(), "records": records}
+    for index, (optimizer, cluster, label) in enumerate(cells):
+        found = losses[index * len(seeds) : (index + 1) * len(seeds)]
+        print(f"    {optimizer}, {cluster}: {label}: {', '.join(map(said, found))}", flush=True)
+        record = {"optimizer": optimizer, "cluster": cluster, "algorithm": label}
+        records.append(record | {"loss": found, "seeds": seeds})
+    report.figures = {"entropy": language.entropy(), "grids": grids, "records": records}
     for bar in bars(records):
         report.add(bar)
     return report.finish(where_to_store("characters", arguments))

@@ -59,14 +59,14 @@ def test_no_character_is_foretold_from_those_after_it():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("label", ["sync_sgd", "momentum shared out", "full"])
 def test_a_short_run_learns_more_than_how_often_letters_come(optimizer, label):
-    from characters import Language, encoded, trained
+    from characters import OPTIMIZERS, Language, Run, encoded, trained
 
     torch.set_num_threads(1)
     language = Language.of_seed(0)
     letters = encoded(language.text(1, 3000), language.alphabet)
     shares = letters.bincount().double() / len(letters)
     alone = -(shares * shares.log()).sum().item()
-    loss = trained(language, optimizer, label, "delay 1", seed=0, samples=6000)
+    loss = trained(language, Run(optimizer, OPTIMIZERS[optimizer].grid[0], label, "delay 1", seed=0, samples=3000))
     assert loss is not None and language.entropy() < loss < 0.9 * alone
 
 
@@ -80,3 +80,25 @@ def test_the_bars_compare_what_is_recommended_with_synchronous_sgd():
     assert first.value == pytest.approx(1.15) and first.holds is False
     assert bars([record("sync_sgd", [1.0]), record("momentum shared out", [None])])[0].holds is False
     assert bars([record("sync_sgd", [1.0])])[0].holds is None
+
+
+@pytest.mark.parametrize("cluster", ["delay 1", "delay 10", "delay 10, straggler last:4x"])
+def test_the_vector_is_on_the_wire_for_as_many_local_steps_as_the_cluster_says(cluster):
+    from characters import CLUSTERS, RANKS, STEP_S, Run, plan_of
+
+    plan = plan_of(Run("sgd", 0.1, "full", cluster, seed=0, samples=1000), parameters=100_000)
+    whole = plan.network.all_reduce_s(plan.vector.nbytes, range(RANKS))
+    assert whole == pytest.approx(CLUSTERS[cluster][0] * STEP_S)
+
+
+def test_synchronous_sgd_chooses_the_learning_rate_that_all_take():
+    from characters import OPTIMIZERS, REFERENCE, best, tuned
+
+    def losses_of(runs):
+        assert {run.label for run in runs} == {REFERENCE}
+        return [None if run.lr > 1 else abs(run.lr - 0.4) for run in runs]
+
+    grids = tuned(losses_of, ["sgd"], seed=0, samples=1)
+    assert list(grids) == ["sgd"] and tuple(grids["sgd"]) == OPTIMIZERS["sgd"].grid
+    assert best(grids["sgd"]) == 0.4
+    assert best({1.0: None, 2.0: None}) == 1.0
