@@ -294,6 +294,19 @@ def bars(records: Sequence[Mapping[str, Any]]) -> list[Bar]:
     return made
 
 
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Optimizers and algorithms down, clusters across: the losses, in Markdown."""
+    clusters = list(dict.fromkeys(found["cluster"] for found in records))
+    lines = [f"| optimizer | algorithm | {' | '.join(clusters)} |", "|---" * (len(clusters) + 2) + "|"]
+    for optimizer, label in dict.fromkeys((found["optimizer"], found["algorithm"]) for found in records):
+        cells = []
+        for cluster in clusters:
+            loss = loss_in(records, optimizer, cluster, label)
+            cells.append("" if loss is None else said(None if math.isinf(loss) else loss))
+        lines.append(f"| {optimizer} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def loss_in(records: Sequence[Mapping[str, Any]], optimizer: str, cluster: str, label: str) -> float | None:
     """Mean over the seeds, infinite where one has diverged; None where it was not measured."""
     for found in records:
@@ -347,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.figures = {"entropy": language.entropy(), "grids": grids, "records": records}
     for bar in bars(records):
         report.add(bar)
+    report.notes = [table(records)]
     return report.finish(where_to_store("characters", arguments))
 
 

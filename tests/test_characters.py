@@ -102,3 +102,18 @@ def test_synchronous_sgd_chooses_the_learning_rate_that_all_take():
     assert list(grids) == ["sgd"] and tuple(grids["sgd"]) == OPTIMIZERS["sgd"].grid
     assert best(grids["sgd"]) == 0.4
     assert best({1.0: None, 2.0: None}) == 1.0
+
+
+def test_the_table_shows_losses_by_algorithm_and_cluster():
+    from characters import CLUSTERS, table
+
+    first, second = list(CLUSTERS)[:2]
+    found = {"optimizer": "sgd", "algorithm": "full", "seeds": [0, 1]}
+    lines = table(
+        [found | {"cluster": first, "loss": [0.5, 0.7]}, found | {"cluster": second, "loss": [0.5, None]}]
+    ).splitlines()
+    assert lines == [
+        f"| optimizer | algorithm | {first} | {second} |",
+        "|---|---|---|---|",
+        "| sgd | full | 0.6000 | diverged |",
+    ]
