@@ -8,9 +8,12 @@ docs/experiments.md; benchmarks/learning.py runs them. s_i is a rank's snapshot,
     half_gain        r_i <- r_i + (m - s_i) / 2
     adaptive_gain    r_i <- r_i + g (m - s_i),  g = 1 + <T, s_i - m> / |s_i - m|^2 over all ranks and the latest rounds,
                      T what the rank's local steps have added since the snapshot; at least 1/n, at most 1
+    adaptive_gain_by_fragment    the same, a gain for each fragment, of its own rounds
+    dropped          what a rank has learnt since the snapshot is not kept: r_i <- r_i + (m - z_i)
     cleared          lasgd, and each correction that is shown clears the optimizer's state
     weighted_steps   lasgd, and a snapshot weighs as many local steps as its rank has taken since the one before
     by_drift         lasgd, and instead of in turn the fragment goes that has drifted most, as far as is known
+    remembered_mean  lasgd, and the model that is left is e in place of the mean: e <- e + (m - e) / 10 at every mean
 
 The two numbers of a rank that adaptive_gain adds up, and the one of by_drift, would travel in the header of the next
 round. Here all ranks are in one process and share them in memory, a round late like there.
@@ -18,12 +21,15 @@ round. Here all ranks are in one process and share them in memory, a round late 
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from lasgd.algorithms import lasgd, registry
@@ -106,7 +112,8 @@ class Said:
         so_far = self.sums.setdefault(round_, [0.0] * len(numbers))
         for index, number in enumerate(numbers):
             so_far[index] += number
-        self.sums.pop(round_ - 100, None)
+        for old in [then for then in self.sums if then <= round_ - 100]:
+            del self.sums[old]
 
     def before(self, round_: int) -> list[float] | None:
         """Of the rounds before this one, the later the more; None of none."""
@@ -123,10 +130,20 @@ _SAID: WeakKeyDictionary[Pace, Any] = WeakKeyDictionary()
 def communicate_adaptive_gain(replica: Replica, pace: Pace) -> Text:
     """As much of every correction as leaves least, by what rounds have shown of it."""
     said = _SAID.setdefault(pace, Said())
+    return _adaptive(replica, pace, lambda fragment: said)
 
+
+def communicate_adaptive_gain_by_fragment(replica: Replica, pace: Pace) -> Text:
+    """The same, for each fragment by what its own rounds have shown; for a fixed number of fragments."""
+    said = _SAID.setdefault(pace, defaultdict(Said))
+    return _adaptive(replica, pace, lambda fragment: said[fragment.index])
+
+
+def _adaptive(replica: Replica, pace: Pace, said_of: Callable[[Fragment], Said]) -> Text:
     def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
         assert outcome.values is not None
         since, difference = _stands_for(replica, fragment) - sent.values, sent.values - outcome.values
+        said = said_of(fragment)
         known = said.before(pace.round)
         said.say(pace.round, [float(since @ difference), float(difference @ difference)])
         gain = 1.0 if known is None or not known[1] else 1 + known[0] / known[1]
@@ -139,6 +156,20 @@ def _stands_for(replica: Replica, fragment: Fragment) -> Tensor:
     """z = x + r of a fragment without buffers, as of now."""
     whole = replica.parameters() + replica.wait_residual(1.0)
     return whole[fragment.begin : fragment.end]
+
+
+# What has been learnt meanwhile
+
+
+def communicate_dropped(replica: Replica, pace: Pace) -> Text:
+    """The mean replaces what it finds."""
+
+    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
+        assert outcome.values is not None
+        since = _stands_for(replica, fragment) - sent.values
+        replica.correct(fragment, sent, replace(outcome, values=outcome.values - since))
+
+    return _communicate(replica, pace, correct)
 
 
 # Momentum buffers
@@ -221,14 +252,38 @@ def communicate_by_drift(replica: Replica, pace: Pace) -> Text:
     return _communicate(replica, pace, correct, choose=choose)
 
 
+# What is left in the end
+
+
+def communicate_remembered_mean(replica: Replica, pace: Pace, settings: lasgd.Settings) -> Text:
+    """A mean over the means of some ten cycles; momentum of the mean as in lasgd."""
+    remembered = torch.full((replica.layout.size,), math.nan, dtype=replica.layout.dtype)  # NaN: no mean so far
+
+    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
+        assert outcome.values is not None
+        part = remembered[fragment.begin : fragment.end]
+        part.copy_(torch.where(part.isnan(), outcome.values, part.lerp(outcome.values, 1 - REMEMBERED)))
+        replica.correct(fragment, sent, outcome, settings.outer_momentum)
+
+    yield from _communicate(replica, pace, correct)
+    if pace.end in (End.SAMPLES, End.LEFT):
+        for fragment in replica.fragments:
+            part = remembered[fragment.begin : fragment.end]
+            if not part.isnan().any():
+                replica.adopt(fragment, Mean(part))
+
+
 CANDIDATES = tuple(
-    Algorithm(name, compute, communicate, takes_fragments=True, goes_on_without_steps=False)
-    for name, compute, communicate in (
-        ("half_gain", lasgd.compute, communicate_half_gain),
-        ("adaptive_gain", lasgd.compute, communicate_adaptive_gain),
-        ("cleared", compute_cleared, communicate_full),
-        ("weighted_steps", lasgd.compute, communicate_weighted_steps),
-        ("by_drift", lasgd.compute, communicate_by_drift),
+    Algorithm(name, compute, communicate, settings=settings, takes_fragments=True, goes_on_without_steps=False)
+    for name, compute, communicate, settings in (
+        ("half_gain", lasgd.compute, communicate_half_gain, None),
+        ("adaptive_gain", lasgd.compute, communicate_adaptive_gain, None),
+        ("adaptive_gain_by_fragment", lasgd.compute, communicate_adaptive_gain_by_fragment, None),
+        ("dropped", lasgd.compute, communicate_dropped, None),
+        ("cleared", compute_cleared, communicate_full, None),
+        ("weighted_steps", lasgd.compute, communicate_weighted_steps, None),
+        ("by_drift", lasgd.compute, communicate_by_drift, None),
+        ("remembered_mean", lasgd.compute, communicate_remembered_mean, lasgd.Settings()),
     )
 )
 

@@ -112,9 +112,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "half gain, whole vector": {"algorithm": "half_gain", "fragments": 1},
     "adaptive gain": {"algorithm": "adaptive_gain"},
     "adaptive gain, whole vector": {"algorithm": "adaptive_gain", "fragments": 1},
+    "adaptive gain by fragment, 10": {"algorithm": "adaptive_gain_by_fragment", "fragments": 10},
+    "learnt meanwhile dropped, whole vector": {"algorithm": "dropped", "fragments": 1},
+    "learnt meanwhile dropped": {"algorithm": "dropped"},
     "momentum cleared, whole vector": {"algorithm": "cleared", "fragments": 1},
     "weighted by steps": {"algorithm": "weighted_steps"},
     "by drift, 10 fragments": {"algorithm": "by_drift", "fragments": 10},
+    f"{DEFAULT}, mean of ten cycles": {"algorithm": "remembered_mean", "outer_momentum": 0.8, "momentum": 0.5},
 }
 """Options of `lasgd simulate` by label. Where momentum is in both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one:
 so the same learning rate moves the mean as far."""

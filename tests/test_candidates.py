@@ -92,9 +92,34 @@ def test_the_adaptive_gain_is_one_where_local_steps_forget_nothing():
 
 
 def test_gains_move_the_mean_by_nothing():
-    for name in ("half_gain", "adaptive_gain", "by_drift"):
+    for name in ("half_gain", "adaptive_gain", "adaptive_gain_by_fragment", "by_drift", "remembered_mean"):
         works = run(name, lambda _, model: Steps(model), values=(0.0, 2.0, 10.0), samples=300, fragments=2)
         assert sum(work.seen[90] for work in works) == pytest.approx(12.0), name
+
+
+def test_the_adaptive_gain_by_fragment_is_that_of_all_where_fragments_are_alike():
+    one, own = (
+        run(name, lambda _, model: Steps(model, 0.9), fragments=1)
+        for name in ("adaptive_gain", "adaptive_gain_by_fragment")
+    )
+    assert own[0].seen == pytest.approx(one[0].seen)
+
+
+def test_dropping_leaves_all_at_the_mean_of_what_they_were():
+    # Both add one in every local step. What was sent comes back, and what was added meanwhile is gone.
+    dropped = run("dropped", lambda _, model: Steps(model, adds=1.0), values=(0.0, 8.0))
+    kept = run("lasgd", lambda _, model: Steps(model, adds=1.0), values=(0.0, 8.0))
+    assert gap(dropped, 15) == pytest.approx(0.0)
+    assert kept[0].seen[30] > 30 > 2 * dropped[0].seen[30]
+
+
+def test_the_remembered_mean_is_behind_the_mean_by_some_ten_cycles(known):
+    def left(name: str) -> float:
+        works = run(name, lambda _, model: Steps(model, adds=1.0), values=(0.0, 0.0), delay=2, samples=400)
+        return works[0].model.x.detach()[0].item()
+
+    assert left("lasgd") == pytest.approx(200, abs=4)
+    assert 200 - left("remembered_mean") == pytest.approx(2 * 10, abs=6)
 
 
 def test_a_rank_that_takes_more_steps_weighs_more():
