@@ -7,6 +7,7 @@
     python benchmarks/learning.py straggler --data cifar10.tar.xz --runs kept   the last rank four times slower
     python benchmarks/learning.py long --data cifar10.tar.xz --runs kept        twelve passes
     python benchmarks/learning.py tiny --data tiny-imagenet-20.tar.xz --runs kept
+    python benchmarks/learning.py digits --data digits --runs kept
     python benchmarks/learning.py screen --data cifar10.tar.xz --candidates "full;int8" --seeds 0
 
 A cell is what all candidates are put through: data set, ranks, how many local steps the whole float32 vector is on the
@@ -78,21 +79,30 @@ class Cell:
 
 SCREEN = Cell()
 """The prototype's setting: what is known of the candidates before is known of this one."""
+SHORT = Cell(delay=1.0, samples=20_000)
+FAR = Cell(ranks=16, delay=20.0)
+HELD = Cell(straggler="last:4x")
+LONG = Cell(samples=600_000)
+TINY = Cell(data="tiny-imagenet-20", batch_size=8, samples=30_000)
+DIGITS = Cell(data="digits", samples=20_000)
 PARTS: dict[str, tuple[Cell, ...]] = {
     "screen": (SCREEN,),
-    "short": (Cell(delay=1.0, samples=20_000),),
+    "short": (SHORT,),
     "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
-    "ranks": tuple(Cell(ranks=ranks, delay=delay) for ranks in (8, 16) for delay in (10.0, 20.0)),
-    "straggler": (Cell(straggler="last:4x"),),
-    "long": (Cell(samples=600_000),),
-    "tiny": (Cell(data="tiny-imagenet-20", batch_size=8, samples=30_000),),
+    "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR),
+    "straggler": (HELD,),
+    "long": (LONG,),
+    "tiny": (TINY,),
+    "digits": (DIGITS,),
 }
 
 DEFAULT = "momentum of both, 0.8 and 0.5"
 """What `lasgd train` does where nothing is said."""
+INT8 = f"{DEFAULT}, int8"
 CANDIDATES: dict[str, dict[str, Any]] = {
     "synchronous": {"algorithm": "sync_sgd"},
     "local, H = 10": {"algorithm": "local_sgd", "steps_per_round": 10},
+    "local, H = 20": {"algorithm": "local_sgd", "steps_per_round": 20},
     "full, whole vector": {"fragments": 1, "outer_momentum": 0},
     "full, 2 fragments": {"fragments": 2, "outer_momentum": 0},
     "full, 5 fragments": {"fragments": 5, "outer_momentum": 0},
@@ -105,7 +115,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "momentum of the mean, 0.8": {"outer_momentum": 0.8, "momentum": 0},
     "momentum of the mean, int8": {"outer_momentum": 0.9, "momentum": 0, "wire": "int8"},
     DEFAULT: {"outer_momentum": 0.8, "momentum": 0.5},
-    f"{DEFAULT}, int8": {"outer_momentum": 0.8, "momentum": 0.5, "wire": "int8"},
+    INT8: {"outer_momentum": 0.8, "momentum": 0.5, "wire": "int8"},
     "momentum of both, 0.8 and 0.5, whole vector": {"outer_momentum": 0.8, "momentum": 0.5, "fragments": 1},
     "momentum of both, 0.5 and 0.8": {"outer_momentum": 0.5, "momentum": 0.8},
     "half gain": {"algorithm": "half_gain"},
@@ -311,19 +321,62 @@ def mean_top1(records: Iterable[Mapping[str, Any]], cell: Cell, label: str) -> f
     return None
 
 
+UNTUNED = 2.0
+"""Points of top-1 that the default may be behind synchronous SGD with the learning rate that this one chooses."""
+
+
 def bars(records: Sequence[Mapping[str, Any]]) -> list[Bar]:
     """What the default is held to, as far as it has been measured."""
-    made: list[Bar] = []
+    return [
+        _points(records, SCREEN, "the default against blocking local SGD", DEFAULT, "local, H = 10", 0.0),
+        _points(records, SCREEN, "the default against full with one fragment", DEFAULT, "full, whole vector", 6.0),
+        _points(records, SCREEN, "the default with int8 against synchronous", INT8, "synchronous", -2.0),
+        _points(records, SHORT, "the default against synchronous", DEFAULT, "synchronous", -1.0),
+        _points(records, LONG, "the default against synchronous", DEFAULT, "synchronous", -1.0),
+        _points(records, LONG, "the default with int8 against synchronous", INT8, "synchronous", -0.5),
+        _points(records, FAR, "the default against blocking local SGD as rarely", DEFAULT, "local, H = 20", -3.0),
+        Bar(f"{FAR.name}: the default learns with the rate that synchronous SGD chooses", _learns_untuned(records)),
+        _points(records, HELD, "the default against itself without the straggler", DEFAULT, DEFAULT, 0.0, SCREEN),
+        *(_untuned(records, cell) for cell in (SCREEN, TINY, DIGITS)),
+    ]
 
-    def points(what: str, label: str, other: str, at_least: float) -> None:
-        ours, theirs = mean_top1(records, SCREEN, label), mean_top1(records, SCREEN, other)
-        value = None if ours is None or theirs is None else ours - theirs
-        made.append(Bar(f"{SCREEN.name}: {what}", value, at_least=at_least, unit=" points"))
 
-    points("the default against blocking local SGD", DEFAULT, "local, H = 10", 0.0)
-    points("the default against full with one fragment", DEFAULT, "full, whole vector", 6.0)
-    points("the default with int8 against synchronous", f"{DEFAULT}, int8", "synchronous", -2.0)
-    return made
+def _points(
+    records: Sequence[Mapping[str, Any]],
+    cell: Cell,
+    what: str,
+    label: str,
+    other: str,
+    at_least: float,
+    other_cell: Cell | None = None,
+) -> Bar:
+    ours, theirs = mean_top1(records, cell, label), mean_top1(records, other_cell or cell, other)
+    value = None if ours is None or theirs is None else ours - theirs
+    return Bar(f"{cell.name}: {what}", value, at_least=at_least, unit=" points")
+
+
+def _untuned(records: Sequence[Mapping[str, Any]], cell: Cell) -> Bar:
+    ours, theirs = _at_the_reference_rate(records, cell)
+    value = None if not ours or not theirs else 100 * (ours["top1"] - theirs["top1"])
+    what = f"{cell.name}: the default with the rate that synchronous SGD chooses, first seed"
+    return Bar(what, value, at_least=-UNTUNED, unit=" points")
+
+
+def _learns_untuned(records: Sequence[Mapping[str, Any]]) -> bool | None:
+    """It has neither diverged nor come to no more than guessing."""
+    ours, theirs = _at_the_reference_rate(records, FAR)
+    return None if theirs is None else ours is not None and ours["top1"] > 0.5 * theirs["top1"]
+
+
+def _at_the_reference_rate(
+    records: Sequence[Mapping[str, Any]], cell: Cell
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """Finals of (the default, synchronous SGD) at its rate, first seed; None where it failed or was not run."""
+    found = {record["candidate"]: record for record in records if record["cell"] == asdict(cell)}
+    if DEFAULT not in found or "synchronous" not in found or found["synchronous"]["lr"] is None:
+        return None, None
+    rate = f"{found['synchronous']['lr']:g}"
+    return found[DEFAULT]["grid"].get(rate), found["synchronous"]["grid"].get(rate)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,27 @@ def test_bars_are_differences_of_means_and_unknown_where_a_run_failed():
     assert made[2].value is None
 
 
+def test_untuned_is_judged_at_the_rate_that_synchronous_sgd_chooses():
+    from learning import DEFAULT, DIGITS, FAR, bars
+
+    def of(cell, candidate, lr, **grid):
+        tried = {rate.replace("_", "."): final for rate, final in grid.items()}
+        return {"cell": asdict(cell), "candidate": candidate, "lr": lr, "top1": [], "grid": tried}
+
+    def verdicts(cell, ours, theirs=0.9):
+        records = [
+            of(cell, "synchronous", 0.1, **{"0_1": {"top1": theirs}, "0_05": {"top1": 0.7}}),
+            of(cell, DEFAULT, 0.05, **{"0_1": ours, "0_05": {"top1": 0.95}}),
+        ]
+        return [bar for bar in bars(records) if bar.value is not None]
+
+    (near,) = verdicts(DIGITS, {"top1": 0.89})
+    assert near.value == pytest.approx(-1.0) and near.holds
+    assert not verdicts(DIGITS, {"top1": 0.8})[0].holds
+    assert verdicts(FAR, {"top1": 0.6})[0].holds
+    assert not verdicts(FAR, None)[0].holds, "diverged"
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(90)
 def test_a_record_tells_of_real_runs_and_finds_them_again(monkeypatch, tmp_path, capsys):
