@@ -1,18 +1,20 @@
-"""Rules that were tried beside `lasgd` and are no part of it: each a text of its own, in virtual time only.
+"""Rules that were tried beside `lasgd` and are no part of it: its own text, with another answer in one place.
 
     python benchmarks/candidates.py simulate --algorithm adaptive_gain --ranks 4 --condition step=100ms+round=1s
 
-Takes what `lasgd simulate` takes, and knows these names beside. What was expected of them and what was found:
-docs/experiments.md; benchmarks/learning.py runs them. s_i is a rank's snapshot, m the mean, n the ranks:
+Takes what `lasgd simulate` takes, in virtual time only, and knows these names beside. What was expected of them and
+what was found: docs/experiments.md; benchmarks/learning.py runs them. s_i is a rank's snapshot, m the mean, n the
+number of ranks:
 
     half_gain        r_i <- r_i + (m - s_i) / 2
     adaptive_gain    r_i <- r_i + g (m - s_i),  g = 1 + <T, s_i - m> / |s_i - m|^2 over all ranks and the latest rounds,
                      T what the rank's local steps have added since the snapshot; at least 1/n, at most 1
-    adaptive_gain_by_fragment    the same, a gain for each fragment, of its own rounds
+    adaptive_gain_by_fragment    the same, a gain for each fragment, of its own rounds; for a fixed number of them
     dropped          what a rank has learnt since the snapshot is not kept: r_i <- r_i + (m - z_i)
     cleared          lasgd, and each correction that is shown clears the optimizer's state
     weighted_steps   lasgd, and a snapshot weighs as many local steps as its rank has taken since the one before
-    by_drift         lasgd, and instead of in turn the fragment goes that has drifted most, as far as is known
+    by_drift         lasgd, and instead of in turn the fragment goes that has drifted most, as far as is known; for a
+                     fixed number of fragments
     remembered_mean  lasgd, and the model that is left is e in place of the mean: e <- e + (m - e) / 10 at every mean
 
 The two numbers of a rank that adaptive_gain adds up, and the one of by_drift, would travel in the header of the next
@@ -26,78 +28,66 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lasgd.algorithms import lasgd, registry
-from lasgd.algorithms.ending import last_exact_average
 from lasgd.algorithms.registry import Algorithm
-from lasgd.algorithms.requests import (
-    AllReduceMean,
-    Answer,
-    Contribution,
-    Failure,
-    Gradient,
-    Mean,
-    NextRound,
-    Request,
-    Stop,
-    Update,
-)
+from lasgd.algorithms.requests import Answer, Contribution, Failure, Gradient, Mean, Request, Update
 from lasgd.layout import Fragment
-from lasgd.pace import End, Pace
+from lasgd.pace import Pace
 from lasgd.replica import Replica
 
 REMEMBERED = 0.9
-"""Of what the headers have said so far, from round to round."""
+"""Of what the headers have said so far, from round to round; of the means so far, from cycle to cycle."""
 
 Text = Generator[Request, Answer, None]
-Correct = Callable[[Replica, Pace, Fragment, Contribution, Mean], None]
+
+_SHARED: WeakKeyDictionary[Pace, Any] = WeakKeyDictionary()
+"""By agreement, which all ranks of a virtual cluster share."""
 
 
-def _communicate(
-    replica: Replica,
-    pace: Pace,
-    correct: Correct,
-    choose: Callable[[Replica, Pace], Fragment] = lambda replica, pace: replica.next_fragment(pace.fragments),
-    weigh: Callable[[Replica, Contribution], Contribution] = lambda replica, sent: sent,
-) -> Text:
-    """As lasgd's, with a correction, a choice and a weight of one's own."""
-    while pace.end is None:
-        if isinstance((yield NextRound(pace.due_s)), Stop):
-            return
-        fragment = choose(replica, pace)
-        sent = weigh(replica, replica.snapshot(fragment))
-        outcome = yield AllReduceMean(sent)
-        assert isinstance(outcome, Mean | Failure)
-        pace.agree(outcome)
-        if isinstance(outcome, Failure) or outcome.values is None:
-            continue
-        correct(replica, pace, fragment, sent, outcome)
-    if pace.end in (End.SAMPLES, End.LEFT):
-        yield from last_exact_average(replica, pace)
+class Candidate:
+    """A replica as `lasgd.communicate` sees it. What a candidate answers in another way, it has a method for."""
 
+    takes_momentum = True
+    """Of the mean."""
 
-def _full(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-    replica.correct(fragment, sent, outcome)
+    def __init__(self, replica: Replica, pace: Pace):
+        self.replica, self.pace = replica, pace
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.replica, name)
 
-def _with_gain(gain: float, replica: Replica, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-    """r <- r + g (m - s): `correct` subtracts s from what it takes for the mean."""
-    assert outcome.values is not None
-    shown = sent.values + gain * (outcome.values - sent.values)
-    replica.correct(fragment, sent, replace(outcome, values=shown))
+    def correct(self, fragment: Fragment, sent: Contribution, outcome: Mean | Failure, momentum: float = 0.0) -> None:
+        """As the replica's, once the candidate has seen the mean, if there is one."""
+        if isinstance(outcome, Mean) and outcome.values is not None:
+            outcome = self.seen(fragment, sent, outcome, outcome.values)
+        self.replica.correct(fragment, sent, outcome, momentum)
+
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        """What is to be taken for the mean."""
+        return outcome
 
 
 # Gains
 
 
-def communicate_half_gain(replica: Replica, pace: Pace) -> Text:
+class HalfGain(Candidate):
     """Half of every correction."""
-    return _communicate(replica, pace, lambda r, _, fragment, sent, mean: _with_gain(0.5, r, fragment, sent, mean))
+
+    takes_momentum = False
+
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        return _with_gain(0.5, sent, outcome, mean)
+
+
+def _with_gain(gain: float, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+    """g (m - s): what is taken for the mean has s subtracted from it."""
+    return replace(outcome, values=sent.values + gain * (mean - sent.values))
 
 
 @dataclass
@@ -123,33 +113,29 @@ class Said:
         return [sum(share * found[index] for share, found in known) for index in range(len(known[0][1]))]
 
 
-_SAID: WeakKeyDictionary[Pace, Any] = WeakKeyDictionary()
-"""By agreement, which all ranks of a virtual cluster share."""
-
-
-def communicate_adaptive_gain(replica: Replica, pace: Pace) -> Text:
+class AdaptiveGain(Candidate):
     """As much of every correction as leaves least, by what rounds have shown of it."""
-    said = _SAID.setdefault(pace, Said())
-    return _adaptive(replica, pace, lambda fragment: said)
 
+    takes_momentum = False
 
-def communicate_adaptive_gain_by_fragment(replica: Replica, pace: Pace) -> Text:
-    """The same, for each fragment by what its own rounds have shown; for a fixed number of fragments."""
-    said = _SAID.setdefault(pace, defaultdict(Said))
-    return _adaptive(replica, pace, lambda fragment: said[fragment.index])
+    def said(self, fragment: Fragment) -> Said:
+        """What rounds have shown: all of them."""
+        return _SHARED.setdefault(self.pace, Said())
 
-
-def _adaptive(replica: Replica, pace: Pace, said_of: Callable[[Fragment], Said]) -> Text:
-    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-        assert outcome.values is not None
-        since, difference = _stands_for(replica, fragment) - sent.values, sent.values - outcome.values
-        said = said_of(fragment)
-        known = said.before(pace.round)
-        said.say(pace.round, [float(since @ difference), float(difference @ difference)])
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        since, difference = _stands_for(self.replica, fragment) - sent.values, sent.values - mean
+        said = self.said(fragment)
+        known = said.before(self.pace.round)
+        said.say(self.pace.round, [float(since @ difference), float(difference @ difference)])
         gain = 1.0 if known is None or not known[1] else 1 + known[0] / known[1]
-        _with_gain(min(1.0, max(1 / pace.world_size, gain)), replica, fragment, sent, outcome)
+        return _with_gain(min(1.0, max(1 / self.pace.world_size, gain)), sent, outcome, mean)
 
-    return _communicate(replica, pace, correct)
+
+class AdaptiveGainByFragment(AdaptiveGain):
+    """The same, for each fragment by what its own rounds have shown."""
+
+    def said(self, fragment: Fragment) -> Said:
+        return _SHARED.setdefault(self.pace, defaultdict(Said))[fragment.index]
 
 
 def _stands_for(replica: Replica, fragment: Fragment) -> Tensor:
@@ -161,15 +147,13 @@ def _stands_for(replica: Replica, fragment: Fragment) -> Tensor:
 # What has been learnt meanwhile
 
 
-def communicate_dropped(replica: Replica, pace: Pace) -> Text:
+class Dropped(Candidate):
     """The mean replaces what it finds."""
 
-    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-        assert outcome.values is not None
-        since = _stands_for(replica, fragment) - sent.values
-        replica.correct(fragment, sent, replace(outcome, values=outcome.values - since))
+    takes_momentum = False
 
-    return _communicate(replica, pace, correct)
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        return replace(outcome, values=mean - (_stands_for(self.replica, fragment) - sent.values))
 
 
 # Momentum buffers
@@ -186,24 +170,21 @@ def compute_cleared(replica: Replica, pace: Pace) -> Text:
             replica.on_recovery()
 
 
-def communicate_full(replica: Replica, pace: Pace) -> Text:
-    """As lasgd's."""
-    return _communicate(replica, pace, _full)
-
-
 # Weights
 
 
-def communicate_weighted_steps(replica: Replica, pace: Pace) -> Text:
+class WeightedSteps(Candidate):
     """Who has learnt more since counts for more."""
-    before: dict[int, int] = {}
 
-    def weigh(replica: Replica, sent: Contribution) -> Contribution:
-        steps = replica.tally.local_steps
-        taken, before[sent.begin] = steps - before.get(sent.begin, 0), steps
+    def __init__(self, replica: Replica, pace: Pace):
+        super().__init__(replica, pace)
+        self.before: dict[int, int] = {}
+
+    def snapshot(self, fragment: Fragment) -> Contribution:
+        """With the weight of its local steps."""
+        sent, steps = self.replica.snapshot(fragment), self.replica.tally.local_steps
+        taken, self.before[sent.begin] = steps - self.before.get(sent.begin, 0), steps
         return replace(sent, weight=sent.weight * max(1, taken))
-
-    return _communicate(replica, pace, _full, weigh=weigh)
 
 
 # Order
@@ -236,55 +217,73 @@ class Drifts:
         self.rate[index] += drift / self.since
 
 
-def communicate_by_drift(replica: Replica, pace: Pace) -> Text:
-    """The fragment goes that has drifted most; for a fixed number of fragments."""
-    drifts = _SAID.setdefault(pace, Drifts())
+class ByDrift(Candidate):
+    """The fragment goes that has drifted most."""
 
-    def choose(replica: Replica, pace: Pace) -> Fragment:
-        return replica.fragments[drifts.next(pace.round, len(replica.fragments))]
+    @property
+    def drifts(self) -> Drifts:
+        """Of all ranks."""
+        return _SHARED.setdefault(self.pace, Drifts())
 
-    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-        assert outcome.values is not None
-        difference = sent.values - outcome.values
-        drifts.say(pace.round, fragment.index, float(difference @ difference))
-        replica.correct(fragment, sent, outcome)
+    def next_fragment(self, fragments: int) -> Fragment:
+        """Whatever the number asked for: that of the replica."""
+        return self.replica.fragments[self.drifts.next(self.pace.round, len(self.replica.fragments))]
 
-    return _communicate(replica, pace, correct, choose=choose)
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        difference = sent.values - mean
+        self.drifts.say(self.pace.round, fragment.index, float(difference @ difference))
+        return outcome
 
 
 # What is left in the end
 
 
-def communicate_remembered_mean(replica: Replica, pace: Pace, settings: lasgd.Settings) -> Text:
-    """A mean over the means of some ten cycles; momentum of the mean as in lasgd."""
-    remembered = torch.full((replica.layout.size,), math.nan, dtype=replica.layout.dtype)  # NaN: no mean so far
+class RememberedMean(Candidate):
+    """A mean over the means of some ten cycles."""
 
-    def correct(replica: Replica, pace: Pace, fragment: Fragment, sent: Contribution, outcome: Mean) -> None:
-        assert outcome.values is not None
-        part = remembered[fragment.begin : fragment.end]
-        part.copy_(torch.where(part.isnan(), outcome.values, part.lerp(outcome.values, 1 - REMEMBERED)))
-        replica.correct(fragment, sent, outcome, settings.outer_momentum)
+    def __init__(self, replica: Replica, pace: Pace):
+        super().__init__(replica, pace)
+        size, dtype = replica.layout.size, replica.layout.dtype
+        self.remembered = torch.full((size,), math.nan, dtype=dtype)  # NaN: no mean so far
 
-    yield from _communicate(replica, pace, correct)
-    if pace.end in (End.SAMPLES, End.LEFT):
-        for fragment in replica.fragments:
-            part = remembered[fragment.begin : fragment.end]
-            if not part.isnan().any():
-                replica.adopt(fragment, Mean(part))
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        part = self.remembered[fragment.begin : fragment.end]
+        part.copy_(torch.where(part.isnan(), mean, part.lerp(mean, 1 - REMEMBERED)))
+        return outcome
+
+    def adopt(self, fragment: Fragment, outcome: Mean | Failure) -> None:
+        """In place of the last exact average."""
+        part = self.remembered[fragment.begin : fragment.end]
+        if isinstance(outcome, Mean) and not part.isnan().any():
+            outcome = replace(outcome, values=part)
+        self.replica.adopt(fragment, outcome)
 
 
-CANDIDATES = tuple(
-    Algorithm(name, compute, communicate, settings=settings, takes_fragments=True, goes_on_without_steps=False)
-    for name, compute, communicate, settings in (
-        ("half_gain", lasgd.compute, communicate_half_gain, None),
-        ("adaptive_gain", lasgd.compute, communicate_adaptive_gain, None),
-        ("adaptive_gain_by_fragment", lasgd.compute, communicate_adaptive_gain_by_fragment, None),
-        ("dropped", lasgd.compute, communicate_dropped, None),
-        ("cleared", compute_cleared, communicate_full, None),
-        ("weighted_steps", lasgd.compute, communicate_weighted_steps, None),
-        ("by_drift", lasgd.compute, communicate_by_drift, None),
-        ("remembered_mean", lasgd.compute, communicate_remembered_mean, lasgd.Settings()),
+# By name
+
+
+def _algorithm(name: str, candidate: type[Candidate], compute: Callable[[Replica, Pace], Text]) -> Algorithm:
+    def communicate(replica: Replica, pace: Pace, settings: lasgd.Settings) -> Text:
+        return lasgd.communicate(cast(Replica, candidate(replica, pace)), pace, settings)
+
+    def communicate_without_momentum(replica: Replica, pace: Pace) -> Text:
+        return communicate(replica, pace, lasgd.Settings())
+
+    text, settings = (
+        (communicate, lasgd.Settings()) if candidate.takes_momentum else (communicate_without_momentum, None)
     )
+    return Algorithm(name, compute, text, settings=settings, takes_fragments=True, goes_on_without_steps=False)
+
+
+CANDIDATES = (
+    _algorithm("half_gain", HalfGain, lasgd.compute),
+    _algorithm("adaptive_gain", AdaptiveGain, lasgd.compute),
+    _algorithm("adaptive_gain_by_fragment", AdaptiveGainByFragment, lasgd.compute),
+    _algorithm("dropped", Dropped, lasgd.compute),
+    _algorithm("cleared", Candidate, compute_cleared),
+    _algorithm("weighted_steps", WeightedSteps, lasgd.compute),
+    _algorithm("by_drift", ByDrift, lasgd.compute),
+    _algorithm("remembered_mean", RememberedMean, lasgd.compute),
 )
 
 
