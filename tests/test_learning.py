@@ -50,7 +50,19 @@ def test_no_two_trials_share_a_folder():
 
     cells = dict.fromkeys(cell for cells in PARTS.values() for cell in cells)
     trials = [Trial(cell, label, lr, seed) for cell in cells for label in CANDIDATES for lr in GRID for seed in (0, 1)]
-    assert len({trial.folder(Path("runs")) for trial in trials}) == len(trials)
+    runs = {(trial.cell_run, trial.label, trial.lr, trial.seed) for trial in trials}
+    assert len({trial.folder(Path("runs")) for trial in trials}) == len(runs)
+
+
+@pytest.mark.parametrize("label, waits", [("synchronous", True), ("local, H = 10", True), ("full", False)])
+def test_one_run_of_those_who_wait_stands_for_every_delay_and_straggler(label, waits):
+    from learning import Cell, Trial
+
+    def command(cell):
+        return Trial(cell, label, 0.05, 0).command(Path("digits"), Path("out"))
+
+    assert (command(Cell(delay=20, straggler="last:4x")) == command(Cell(delay=5))) is waits
+    assert command(Cell(ranks=8)) != command(Cell(ranks=4))
 
 
 def test_bars_are_differences_of_means_and_unknown_where_a_run_failed():
