@@ -7,7 +7,8 @@
 A transformer of some hundred thousand parameters reads 32 characters and foretells each next one. The text is made up
 from the seed: words of two or three syllables, each of which a few others may follow. So it is known how well any
 model could do, and no text need be shipped. Four ranks, each with windows of its own; a warm-up and a cosine of global
-progress. Each optimizer's learning rate is the one of a few that synchronous SGD learns best with, and all take it.
+progress. Each optimizer's learning rate is the one of a few that synchronous SGD learns best with, and all take it
+(AdamW with momentum of the mean a share of it, as far as this stretches its steps).
 Clusters are as in learning.py: so many local steps for the whole vector on the wire, and perhaps a rank that is four
 times slower.
 
@@ -34,7 +35,6 @@ from torch.nn import functional
 
 from common import Bar, Report, arguments_for, run_card, where_to_store
 from lasgd.algorithms import registry
-from lasgd.errors import ConfigurationError
 from lasgd.lab.cores import usable_cores
 from lasgd.lab.simulation import Plan, cluster_of
 from lasgd.momentum import shared_out
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("algorithms", labels, ALGORITHMS),
     ):
         if unknown := [word for word in asked if word not in known]:
-            raise ConfigurationError(f"--{option}: {unknown[0]!r} is none of {'; '.join(known)}")
+            parser.error(f"--{option}: {unknown[0]!r} is none of {'; '.join(known)}")
     samples, seeds = (2000, seeds[:1]) if arguments.quick else (SAMPLES, seeds)
     language = Language.of_seed(arguments.seed)
     with ProcessPoolExecutor(usable_cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:

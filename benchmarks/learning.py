@@ -96,7 +96,7 @@ PARTS: dict[str, tuple[Cell, ...]] = {
     "digits": (DIGITS,),
 }
 
-DEFAULT = "momentum of both, 0.8 and 0.5"
+DEFAULT = "ranks 0.5, mean 0.8"
 """What `lasgd train` does where nothing is said."""
 INT8 = f"{DEFAULT}, int8"
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -116,8 +116,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "momentum of the mean, int8": {"outer_momentum": 0.9, "momentum": 0, "wire": "int8"},
     DEFAULT: {"outer_momentum": 0.8, "momentum": 0.5},
     INT8: {"outer_momentum": 0.8, "momentum": 0.5, "wire": "int8"},
-    "momentum of both, 0.8 and 0.5, whole vector": {"outer_momentum": 0.8, "momentum": 0.5, "fragments": 1},
-    "momentum of both, 0.5 and 0.8": {"outer_momentum": 0.5, "momentum": 0.8},
+    "ranks 0.5, mean 0.8, whole vector": {"outer_momentum": 0.8, "momentum": 0.5, "fragments": 1},
+    "ranks 0.8, mean 0.5": {"outer_momentum": 0.5, "momentum": 0.8},
     "half gain": {"algorithm": "half_gain"},
     "half gain, whole vector": {"algorithm": "half_gain", "fragments": 1},
     "adaptive gain": {"algorithm": "adaptive_gain"},
@@ -222,9 +222,10 @@ def _work(waiting: queue.SimpleQueue[Trial], data: Path, runs: Path, core: int |
 def is_finished(folder: Path) -> bool:
     """It holds a run that came to its end, or that has shown that its learning rate is too high."""
     try:
-        return read_run(folder).status in ("finished", "failed")
+        run = read_run(folder)
     except ConfigurationError:  # no folder, or one of a run that was cut off
         return False
+    return run.status == "finished" or (run.status == "failed" and "NaN or Inf" in (run.error or ""))
 
 
 def final_of(folder: Path) -> dict[str, Any] | None:
@@ -247,7 +248,7 @@ def study(cells: Sequence[Cell], labels: Sequence[str], seeds: Sequence[int], da
     for cell in cells:
         for label in labels:
             found = {lr: final_of(Trial(cell, label, lr, first).folder(runs)) for lr in GRID}
-            losses = {lr: final["loss"] for lr, final in found.items() if final and final["loss"] == final["loss"]}
+            losses = {lr: final["loss"] for lr, final in found.items() if final and final["loss"] is not None}
             if losses:
                 best[cell, label] = min(losses, key=losses.__getitem__)
     run_all([Trial(*key, lr, seed) for key, lr in best.items() for seed in seeds[1:]], data, runs)
@@ -364,7 +365,7 @@ def _points(
 
 def _untuned(records: Sequence[Mapping[str, Any]], cell: Cell) -> Bar:
     ours, theirs = _at_the_reference_rate(records, cell)
-    value = None if not ours or not theirs else 100 * (ours["top1"] - theirs["top1"])
+    value = None if not ours or not theirs else 100 * ((ours["top1"] or 0.0) - theirs["top1"])
     what = f"{cell.name}: the default with the rate that synchronous SGD chooses, first seed"
     return Bar(what, value, at_least=-UNTUNED, unit=" points")
 
@@ -372,7 +373,7 @@ def _untuned(records: Sequence[Mapping[str, Any]], cell: Cell) -> Bar:
 def _learns_untuned(records: Sequence[Mapping[str, Any]]) -> bool | None:
     """It has neither diverged nor come to no more than guessing."""
     ours, theirs = _at_the_reference_rate(records, FAR)
-    return None if theirs is None else ours is not None and ours["top1"] > 0.5 * theirs["top1"]
+    return None if theirs is None else ours is not None and (ours["top1"] or 0.0) > 0.5 * theirs["top1"]
 
 
 def _at_the_reference_rate(

@@ -224,7 +224,7 @@ def _drift_mean_limits(result: Result) -> str:
     """Where momentum is and how late a fragment's mean comes down, fragments across."""
     found = result["figures"]["mean_limits"]
     fragments = list(dict.fromkeys(one["fragments"] for one in found))
-    lines = ["| optimizers | mean | steps late | " + " | ".join(f"{n} in turn" for n in fragments) + " |"]
+    lines = ["| optimizers | mean | steps on its way | " + " | ".join(f"{n} in turn" for n in fragments) + " |"]
     lines += ["|---" * (len(fragments) + 3) + "|"]
     rows: dict[tuple[float, float, int], list[str]] = {}
     for one in found:

@@ -8,11 +8,12 @@ at the same learning rate it goes as far with all of it here, there or shared ou
 from __future__ import annotations
 
 MOST_OF_RANKS = 0.5
-"""What is left to the optimizers: a short memory of their own, within a cycle. More drifts apart, less forgets late."""
+"""What is left to the optimizers: a short memory of their own, within a cycle. With more the ranks drift apart, with
+less the mean's memory is longer."""
 
 LEAST_FRAGMENTS = 4
-"""Into which the vector has to be cut: a round takes up to one of as many turns and shows in the next, and momentum
-that comes back after half a cycle or later runs away at small learning rates already."""
+"""That the vector should be cut into: in a cycle of one to three local steps momentum of the mean comes back before
+anything has answered it, and runs away at small learning rates already (docs/theory.md)."""
 
 
 def shared_out(momentum: float) -> tuple[float, float]:

@@ -112,7 +112,7 @@ class Replica:
         self._rule = rule or Full()
         self._lock = threading.Lock()
         self._residual = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
-        self._latest = torch.empty_like(self._residual) if keeps_mean else None
+        self._latest = torch.zeros_like(self._residual) if keeps_mean else None
         self._known: set[int] = set()
         """Fragments of whose parameters `_latest` holds the mean; written with it, under `_lock`."""
         self._extremes = tuple(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device) for _ in range(2))

@@ -157,5 +157,6 @@ def test_momentum_of_both_that_nobody_means_is_refused():
         found.check_momentum(0.9)
     found.check_momentum(0.5)
     found.check_momentum(0.0)
+    registry.find("lasgd", {"outer_momentum": 0.98}).check_momentum(0.5)  # 0.99, shared out
     registry.find("lasgd").check_momentum(0.99)
     registry.find("diloco").check_momentum(0.9)

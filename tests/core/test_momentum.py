@@ -34,6 +34,8 @@ def of_mean(settings: Settings) -> float:
         ({"fragments": 3}, 0.9, 0.0),
         ({"fragments": 1}, 0.9, 0.0),
         ({"outer_momentum": 0}, 0.9, 0.0),
+        ({"ranks": 1}, 0.9, 0.0),
+        ({"ranks": 2}, 0.5, 0.8),
         ({"outer_momentum": 0.9, "momentum": 0}, 0.0, 0.9),
         ({"algorithm": "sync_sgd"}, 0.9, 0.0),
         ({"algorithm": "diloco"}, 0.9, 0.9),

@@ -18,6 +18,7 @@ WORLD_SIZE = 2
 
 def write_part(out: Path, number: int, rank: int, weight: float = 1.0, **more: bool) -> None:
     averaging = {"samples": 100 * number + rank, "round": 10 * number + rank, "evaluation": number, "checkpoint": 99}
+    averaging["elapsed_s"] = 10.0 * number + rank
     Checkpoints(out, rank).write(number, {"model": {"w": torch.tensor([weight, 1.0])}, "averaging": averaging} | more)
 
 
@@ -49,7 +50,8 @@ def test_where_all_can_be_read_the_newest_is_taken_and_the_ranks_agree(out):
     cuts = chosen(out)
     assert [cut.number for cut in cuts] == [3, 3]
     assert [cut.state["averaging"]["samples"] for cut in cuts] == [300, 301]
-    assert cuts[0].agreed == cuts[1].agreed == {"agreed_samples": 601, "round": 31, "checkpoint": 3, "evaluation": 3}
+    agreed = {"agreed_samples": 601, "round": 31, "checkpoint": 3, "evaluation": 3, "elapsed_s": 31.0}
+    assert cuts[0].agreed == cuts[1].agreed == agreed
     assert cuts[0].skipped == ()
 
 

@@ -27,6 +27,7 @@ from lasgd.algorithms import (
 )
 from lasgd.algorithms.requests import Answer, Request
 from lasgd.errors import ConfigurationError, unknown
+from lasgd.momentum import MOST_OF_RANKS
 
 Part = Callable[..., Generator[Request, Answer, None]]
 """(replica, pace) -> generator; in an algorithm with settings of its own, once they are bound."""
@@ -77,9 +78,12 @@ class Algorithm:
             )
 
     def check_momentum(self, momentum: float) -> None:
-        """Raises ConfigurationError where that of the optimizers and that of the mean together would run away."""
+        """Raises ConfigurationError where that of the optimizers and that of the mean together would run away.
+
+        What the optimizers keep of momentum that was shared out (momentum.py) is no second one.
+        """
         outer = self.settings.outer_momentum if self.keeps_mean else 0.0
-        if not 0 <= momentum < 1 or outer == 0:
+        if not MOST_OF_RANKS < momentum < 1 or outer == 0:
             return
         times = 1 / ((1 - momentum) * (1 - outer))
         if times > MOST_TIMES:

@@ -48,7 +48,7 @@ class Cycle:
 
     def growth(self, c: float) -> float:
         """By how much a difference grows from cycle to cycle in a direction of this c: a spectral radius."""
-        return float(torch.linalg.eigvals(self._product(c)).abs().max())
+        return _spectral_radius(self._product(c))
 
     def limit(self) -> float:
         """The least c at which differences grow without end, to 3 %; infinite if there is none below 4."""
@@ -114,7 +114,7 @@ class MeanCycle:
         correction[_M, _S], correction[_M, _M] = 1.0, 0.0
         before = torch.linalg.matrix_power(merge @ step, self.flight) @ snapshot
         whole = torch.linalg.matrix_power(merge @ step, self.steps - self.flight) @ correction @ before
-        return float(torch.linalg.eigvals(whole).abs().max())
+        return _spectral_radius(whole)
 
     def limit(self) -> float:
         """The least c at which the mean runs away, to 3 %; infinite if there is none below 4."""
@@ -129,6 +129,11 @@ def _moments_of(parts: int, c: float, momentum: float) -> tuple[Tensor, Tensor, 
     merge[_X, _R], merge[_R, _R] = 1.0, 0.0
     snapshot[_S, _X], snapshot[_S, _R], snapshot[_S, _S] = 1.0, 1.0, 0.0
     return step, merge, snapshot, correction
+
+
+def _spectral_radius(whole: Tensor) -> float:
+    """Infinite where a long cycle has taken it out of range."""
+    return float(torch.linalg.eigvals(whole).abs().max()) if torch.isfinite(whole).all() else math.inf
 
 
 def _least_growing(growth: Callable[[float], float]) -> float:

@@ -21,7 +21,7 @@ from lasgd.errors import ConfigurationError, LasgdError
 from lasgd.training.run_folder import replacing
 from lasgd.training.settings import OWN_TO_A_RANK
 
-VERSION = 1
+VERSION = 2
 
 
 class Checkpoints:
@@ -145,10 +145,12 @@ def is_healthy(state: Mapping[str, Any]) -> bool:
 
     Reads every tensor, so it is no work for the training thread.
     """
-    return not state.get("is_sitting_out") and all(_is_finite(state.get(key)) for key in _TRAINED)
-
-
-_TRAINED = ("model", "optimizer", "averaging")
+    averaging = dict(state.get("averaging") or {})
+    latest = averaging.get("latest_mean")
+    if latest is not None and bool(latest.isnan().all()):  # no mean so far, and no sickness: Replica.wait_latest_mean
+        del averaging["latest_mean"]
+    trained = (state.get("model"), state.get("optimizer"), averaging)
+    return not state.get("is_sitting_out") and all(map(_is_finite, trained))
 
 
 def _is_finite(state: Any) -> bool:

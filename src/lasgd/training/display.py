@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lasgd.training.room import LEAST_ROOM, room_of
+from lasgd.training.room import LEAST_ROOM, Room, room_of
 
 OVERRUN_LIMIT = 0.02
 """Above this share of padded steps that outlasted their padding, rates stand for nothing."""
@@ -270,13 +270,9 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
             f"{overrun:.1%} of the steps outlasted their padding (limit {OVERRUN_LIMIT:.0%}): the rates of this run "
             "stand for nothing. Use a longer step=, a smaller model or fewer ranks."
         )
-    share = room_of(run)
-    if share is not None and share < LEAST_ROOM:
-        found.append(
-            f"averages as late as these leave the learning rate {share:.0%} of the room that synchronous SGD has "
-            "(docs/theory.md): where the loss is steep the ranks, or their mean, swing ever further at a learning rate "
-            "that would suit it. Use --fragments auto, --wire int8, or a lower --lr."
-        )
+    room = room_of(run)
+    if room is not None and min(room) < LEAST_ROOM:
+        found.append(_of_little(room, run["settings"]))
     if run.get("replicas_identical") is False and run["algorithm"] != "independent":
         found.append("the replicas differ at the end, which must not happen: please report it.")
     found += _first(
@@ -292,6 +288,22 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         images = "image" if len(skipped) == 1 else "images"
         found.append(f"{len(skipped):,} {images} could not be decoded and skipped: {named}")
     return found + _first(run.get("notes") or (), "notes")
+
+
+def _of_little(room: Room, settings: Mapping[str, Any]) -> str:
+    share = f"{min(room):.0%}" if min(room) >= 0.01 else "less than 1%"
+    remedies = [] if settings.get("fragments") == "auto" else ["--fragments auto"]
+    if room.of_mean < room.of_ranks:
+        what = "the mean's momentum answers too late in so short a cycle, and the mean swings ever further"
+        remedies.append("--outer-momentum 0")
+    else:
+        what = "the ranks swing ever further apart"
+        remedies += ["--wire int8"] if settings.get("wire") in (None, "fp32") else []
+    return (
+        f"rounds like these leave the learning rate {share} of the room that synchronous SGD has (docs/theory.md): "
+        f"where the loss is steep, {what} at a learning rate that would suit it. "
+        f"Use {' or '.join([*remedies, 'a lower --lr'])}."
+    )
 
 
 def _first(lines: Sequence[str], key: str) -> list[str]:

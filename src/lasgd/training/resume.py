@@ -107,7 +107,7 @@ def _own_part(stored: Checkpoints, number: int) -> tuple[dict[str, Any], dict[st
     except ConfigurationError as error:
         return {}, {"trouble": str(error)}
     averaging = state["averaging"]
-    word = {key: averaging[key] for key in ("samples", "round", "evaluation")}
+    word = {key: averaging[key] for key in ("samples", "round", "evaluation", "elapsed_s")}
     return state, word | {"trouble": "" if is_healthy(state) else f"rank {stored.rank} held NaN or Inf"}
 
 
@@ -120,6 +120,7 @@ def _agreed(number: int, words: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "agreed_samples": sum(word["samples"] for word in words),
         "round": max(word["round"] for word in words),
+        "elapsed_s": max(word["elapsed_s"] for word in words),
         "checkpoint": number,
         "evaluation": max(word["evaluation"] for word in words),
     }

@@ -9,7 +9,7 @@ known of a network's curvatures here, so this tells no failure; it tells where o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lasgd.training.settings import Settings
 
@@ -18,24 +18,28 @@ LEAST_ROOM = 0.1
 with fragments in docs/experiments.md, has a sixtieth, with ten fragments a third."""
 
 
-def room(momentum: float, outer_momentum: float, fragments: int, late: int, steps_per_round: float) -> float:
-    """At most 1: the limit of c with such rounds, over that of synchronous SGD with all of the momentum.
+class Room(NamedTuple):
+    """Limits of c over that of synchronous SGD with all of the momentum, each at most 1."""
 
-    late              local steps between a fragment's snapshot and the boundary that shows its mean, at least 1
-    steps_per_round   local steps between the begins of two rounds
-    """
+    of_ranks: float
+    """From where on the ranks swing apart."""
+    of_mean: float
+    """From where on their mean runs away; 1 without momentum of the mean."""
+
+
+def room(momentum: float, outer_momentum: float, fragments: int, staleness: int, steps_per_round: float) -> Room:
+    """With rounds that begin every `steps_per_round` local steps; `staleness` is in local steps too, at least 1."""
     from lasgd.lab.drift import Cycle, MeanCycle  # here, because it loads torch, and the command line shows summaries
 
-    flight = max(1, late - 1)  # the boundary at which a mean is shown is the next one after it has come
+    flight = max(1, staleness - 1)  # the boundary at which a mean is shown is the next one after it has come
     steps = max(flight, round(fragments * steps_per_round))
-    limit = Cycle(steps, flight, momentum).limit()
-    if outer_momentum:
-        limit = min(limit, MeanCycle(steps, flight, momentum, outer_momentum).limit())
-    together = 1 - (1 - momentum) * (1 - outer_momentum)
-    return min(1.0, limit / (2 * (1 + together)))
+    alone = 2 * (2 - (1 - momentum) * (1 - outer_momentum))
+    of_ranks = Cycle(steps, flight, momentum).limit()
+    of_mean = MeanCycle(steps, flight, momentum, outer_momentum).limit() if outer_momentum else alone
+    return Room(min(1.0, of_ranks / alone), min(1.0, of_mean / alone))
 
 
-def room_of(run: Mapping[str, Any]) -> float | None:
+def room_of(run: Mapping[str, Any]) -> Room | None:
     """Of the rank whose means came latest, from run.json; None where it is no run of late averages."""
     asked = {name: value for name, value in (run.get("settings") or {}).items() if name in _NEEDED}
     if run["algorithm"] != "lasgd" or not asked or not run.get("fragments"):
@@ -54,4 +58,4 @@ def room_of(run: Mapping[str, Any]) -> float | None:
     )
 
 
-_NEEDED = frozenset({"momentum", "outer_momentum", "fragments"})
+_NEEDED = frozenset({"momentum", "outer_momentum", "fragments", "ranks"})

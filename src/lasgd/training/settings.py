@@ -43,13 +43,13 @@ class Settings(BaseModel):
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
     """How the averages of lasgd travel; what a coarse format rounds off is in the next contribution."""
     fragments: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
-    """Parts of the vector, one averaged a round; auto: as the network's delay asks, 1 (4 with outer momentum) to 20."""
+    """Parts of the vector, one averaged a round; auto: as the delay asks, 4 (1 without momentum of the mean) to 20."""
     steps_per_round: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """A round at most every so many local steps of the median rank, one every 30 s in any case; the H of others."""
     outer_lr: Positive | None = None
     """Of diloco's outer step; default 0.7."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of diloco's outer step, default 0.9; of lasgd's mean, default its share of --momentum; 0: all is the ranks'."""
+    """Of diloco's outer step, default 0.9; of lasgd's mean, default its share of --momentum, none below 4 fragments."""
     pull: Annotated[float, Field(gt=0, le=1)] | None = None
     """Towards the anchor of overlap_local_sgd, default 0.6; towards easgd's centre, default 0.9 / ranks."""
     anchor_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -75,7 +75,7 @@ class Settings(BaseModel):
     lr: Positive = 0.1
     """Peak learning rate, reached after the warm-up; a cosine of global progress takes it to zero."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD; each rank keeps its own. With lasgd it is shared out: 0.5 for the ranks, the rest for their mean."""
+    """Of SGD, each rank's own; lasgd shares 0.9 out as 0.5 for the ranks and 0.8 for their mean (--outer-momentum)."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Of SGD, on all parameters."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -113,7 +113,7 @@ class Settings(BaseModel):
     @property
     def _shares_momentum(self) -> bool:
         is_cut = self.fragments == "auto" or self.fragments >= LEAST_FRAGMENTS
-        return self.algorithm == "lasgd" and self.outer_momentum is None and is_cut
+        return self.algorithm == "lasgd" and self.outer_momentum is None and is_cut and self.ranks != 1
 
     def check_budget(self, samples: int, what: str, world_size: int) -> None:
         """Raises ConfigurationError, beginning with `what`, where `samples` is less than one batch on every rank."""
