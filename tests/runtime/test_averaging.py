@@ -17,6 +17,7 @@ from lasgd.group.scripted import Network
 from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import Column, End
 from lasgd.runtime.phase import Phase
+from lasgd.training.checkpoint import is_healthy
 from scripted_driver import Point, vector
 
 
@@ -416,7 +417,9 @@ def test_a_resumed_rank_goes_on_with_the_momentum_of_rank_0s_mean():
         averaging.replica.load_latest_mean(torch.tensor([1.0 + rank, 0.5]))
     states = [averaging.state_dict() for averaging in before]
     after = attached_pair()
-    assert all(math.isnan(value) for value in after[1].state_dict()["latest_mean"].tolist()), "nothing is known yet"
+    unknown = after[1].state_dict()
+    assert all(math.isnan(value) for value in unknown["latest_mean"].tolist()), "nothing is known yet"
+    assert is_healthy({"averaging": unknown})
     raise_any(wait_all([lambda r=r: after[r].load_state_dict(states[r]) for r in range(2)]))
     resumed = [averaging.state_dict()["latest_mean"].tolist() for averaging in after]
     for averaging in (*before, *after):
