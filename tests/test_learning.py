@@ -69,7 +69,7 @@ def test_bars_are_differences_of_means_and_unknown_where_a_run_failed():
     from learning import DEFAULT, SCREEN, bars
 
     def of(candidate, *top1):
-        return {"cell": asdict(SCREEN), "candidate": candidate, "top1": list(top1)}
+        return {"cell": asdict(SCREEN), "candidate": candidate, "top1": list(top1), "lr": None, "grid": {}}
 
     made = bars([of(DEFAULT, 0.49, 0.5), of("local, H = 10", 0.45, 0.45), of("synchronous", 0.5, None)])
     assert made[0].value == pytest.approx(4.5)

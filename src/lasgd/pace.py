@@ -287,7 +287,6 @@ class Delay:
 
     The share q = a/D is learnt where F changes much, and forgotten where D does: until it is known again, F = D, but of
     more than one at most twice as many, for behind a latency the way back from too many is long.
-
     Delays are medians of the latest rounds: one slow round changes nothing, a link that has changed its speed is
     believed when it has been so for half of them. Rounds of another cut than the present one are not mixed in.
     """
@@ -321,13 +320,13 @@ class Delay:
         self._recent.append(round_steps)
         if len(self._recent) < max(self.LEAST_ROUNDS, parts):
             return asked
-        wanted = self._wanted(asked, parts, statistics.median(self._recent))
+        wanted = self._wanted(parts, statistics.median(self._recent))
         # A band around the present number, so that noise does not recut the vector again and again.
         if asked * 0.8 - 1 <= wanted <= asked * 1.1 + 0.2:
             return max(self.least, asked)
         return min(MAX_FRAGMENTS, max(self.least, math.ceil(wanted)))
 
-    def _wanted(self, asked: int, parts: int, delay: float) -> float:
+    def _wanted(self, parts: int, delay: float) -> float:
         before, self._before = self._before, None
         if before is not None and _factor(before[0], parts) >= self.CLEAR_CHANGE:
             self._latency_share = _latency_share(*before, parts, delay)
@@ -335,8 +334,8 @@ class Delay:
         elif self._learnt_at and _factor(self._whole(parts, delay), self._learnt_at) >= self.OTHER_NETWORK:
             self._latency_share = self._learnt_at = 0.0
         whole, share = self._whole(parts, delay), self._latency_share
-        if not self._learnt_at and asked > 1:
-            return min(whole, 2.0 * asked)
+        if not self._learnt_at and parts > 1:
+            return min(whole, 2.0 * parts)
         return min(whole, math.sqrt(2 * (1 - share) / share)) if share else whole
 
     def _whole(self, parts: int, delay: float) -> float:

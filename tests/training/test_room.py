@@ -62,7 +62,11 @@ def test_momentum_is_taken_as_it_was_shared_out():
 
 
 def test_the_rank_whose_means_came_latest_counts():
-    assert room_of(run(11.0, 100, 1, fragments=1, ranks=4)) == room_of(run(11.0, 100, 1, fragments=1, ranks=1))
+    assert room_of(run(11.0, 100, 1, fragments=1, ranks=4)) == room_of(run(11.0, 100, 1, fragments=1, ranks=2))
+
+
+def test_one_rank_waits_for_nobody_s_average():
+    assert room_of(run(11.0, 100, 1, fragments=1, ranks=1)) is None
 
 
 @pytest.mark.parametrize(

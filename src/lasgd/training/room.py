@@ -42,7 +42,7 @@ def room(momentum: float, outer_momentum: float, fragments: int, staleness: int,
 def room_of(run: Mapping[str, Any]) -> Room | None:
     """Of the rank whose means came latest, from run.json; None where it is no run of late averages."""
     asked = {name: value for name, value in (run.get("settings") or {}).items() if name in _NEEDED}
-    if run["algorithm"] != "lasgd" or not asked or not run.get("fragments"):
+    if run["algorithm"] != "lasgd" or len(run["ranks"]) < 2 or not asked or not run.get("fragments"):
         return None
     settings = Settings.model_validate(asked | {"algorithm": "lasgd"})
     ranks = [rank for rank in run["ranks"] if rank["rounds"] and rank["local_steps"]]
@@ -58,4 +58,4 @@ def room_of(run: Mapping[str, Any]) -> Room | None:
     )
 
 
-_NEEDED = frozenset({"momentum", "outer_momentum", "fragments", "ranks"})
+_NEEDED = frozenset({"momentum", "outer_momentum", "fragments"})
