@@ -167,29 +167,25 @@ def _learning(result: Result) -> list[str]:
     for name, records in by_cell.items():
         lines += [f"**{name}**", "", "| | lr | top-1 | behind synchronous | staleness, steps | seeds |"]
         lines += ["|---|---|---|---|---|---|"]
-        reference = next((_top1(record) for record in records if record["candidate"] == "synchronous"), None)
-        lines += [_learning_row(record, reference) for record in sorted(records, key=lambda r: -(_top1(r) or 0.0))]
+        lines += [_learning_row(record) for record in sorted(records, key=_top1, reverse=True)]
         lines += [""]
     return [*lines, *_verdict(result), "", *_table(result["bars"]), "", "The latest part: " + _card(result["card"]), ""]
 
 
-def _top1(record: Mapping[str, Any]) -> float | None:
-    """In per cent, over the seeds; None unless all of them have come to their end."""
-    values = record["top1"]
-    return 100 * statistics.fmean(values) if values and None not in values else None
+def _top1(record: Mapping[str, Any]) -> float:
+    """In per cent, over the seeds."""
+    return statistics.fmean(record["top1"].values()) if record["top1"] else 0.0
 
 
-def _learning_row(record: Mapping[str, Any], reference: float | None) -> str:
-    top1, lr, staleness = _top1(record), record["lr"], record["staleness_steps"]
-    rates = sorted(map(float, record["grid"]))
-    edge = "" if lr not in (rates[0], rates[-1]) else " (lowest tried)" if lr == rates[0] else " (highest tried)"
+def _learning_row(record: Mapping[str, Any]) -> str:
+    lr, behind, staleness = record["lr"], record["behind"], record["staleness_steps"]
     columns = [
         record["candidate"],
-        "diverges" if lr is None else f"{lr:g}{edge}",
-        "" if top1 is None else _range([100 * value for value in record["top1"]]) + " %",
-        "" if top1 is None or reference is None else f"{reference - top1:+.1f} points",
+        "diverges" if lr is None else f"{lr:g}",
+        "" if lr is None else _range(list(record["top1"].values())) + " %",
+        "" if not behind else f"{statistics.fmean(behind):+.1f} points",
         "" if staleness is None else f"{staleness:.1f}",
-        ", ".join(map(str, record["seeds"])),
+        ", ".join(record["top1"]),
     ]
     return "| " + " | ".join(columns) + " |"
 

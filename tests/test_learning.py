@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("candidates", "common", "learning"):
+    for name in ("candidates", "common", "learning", "learning_trials"):
         sys.modules.pop(name, None)
 
 
 def test_every_candidate_is_a_run_that_lasgd_takes(monkeypatch):
     import candidates
-    from learning import CANDIDATES, SCREEN
+    from learning_trials import CANDIDATES, SCREEN
 
     monkeypatch.setattr(registry, "_ALGORITHMS", dict(registry._ALGORITHMS))
     candidates.register()
@@ -37,7 +38,7 @@ def test_every_candidate_is_a_run_that_lasgd_takes(monkeypatch):
 
 
 def test_cells_say_how_long_a_step_and_a_round_take():
-    from learning import PARTS, Cell
+    from learning_trials import PARTS, Cell
 
     assert all(conditions.parse(cell.condition).step_s == 0.1 for cells in PARTS.values() for cell in cells)
     slow = conditions.parse(Cell(delay=20, straggler="last:4x").condition)
@@ -45,18 +46,17 @@ def test_cells_say_how_long_a_step_and_a_round_take():
     assert slow.step_s == 0.1
 
 
-def test_no_two_trials_share_a_folder():
-    from learning import CANDIDATES, GRID, PARTS, Trial
+def test_no_two_runs_share_a_key_and_no_two_candidates_do_the_same():
+    from learning_trials import CANDIDATES, PARTS, Trial
 
     cells = dict.fromkeys(cell for cells in PARTS.values() for cell in cells)
-    trials = [Trial(cell, label, lr, seed) for cell in cells for label in CANDIDATES for lr in GRID for seed in (0, 1)]
-    runs = {(trial.cell_run, trial.label, trial.lr, trial.seed) for trial in trials}
-    assert len({trial.folder(Path("runs")) for trial in trials}) == len(runs)
+    trials = [Trial(cell, label, lr, s) for cell in cells for label in CANDIDATES for lr in (0.1, 0.2) for s in (0, 1)]
+    assert len({trial.key for trial in trials}) == len({(t.cell_run, t.label, t.lr, t.seed) for t in trials})
 
 
 @pytest.mark.parametrize("label, waits", [("synchronous", True), ("local, H = 10", True), ("full", False)])
 def test_one_run_of_those_who_wait_stands_for_every_delay_and_straggler(label, waits):
-    from learning import Cell, Trial
+    from learning_trials import Cell, Trial
 
     def command(cell):
         return Trial(cell, label, 0.05, 0).command(Path("digits"), Path("out"))
@@ -65,49 +65,103 @@ def test_one_run_of_those_who_wait_stands_for_every_delay_and_straggler(label, w
     assert command(Cell(ranks=8)) != command(Cell(ranks=4))
 
 
-def test_bars_are_differences_of_means_and_unknown_where_a_run_failed():
-    from learning import DEFAULT, SCREEN, bars
+def known(*rows):
+    """A study that knows rows of (cell, label, learning rate, seed, top-1 or None where it diverged)."""
+    from learning import Study
+    from learning_trials import Outcome, Trial
 
-    def of(candidate, *top1):
-        return {"cell": asdict(SCREEN), "candidate": candidate, "top1": list(top1), "lr": None, "grid": {}}
+    trials = [
+        (Trial(cell, label, lr, seed), Outcome(top1, None if top1 is None else -top1))
+        for cell, label, lr, seed, top1 in rows
+    ]
+    return Study({trial.key: (trial, outcome) for trial, outcome in trials})
 
-    made = bars([of(DEFAULT, 0.49, 0.5), of("local, H = 10", 0.45, 0.45), of("synchronous", 0.5, None)])
+
+@pytest.mark.parametrize(
+    "tried, missing",
+    [
+        ({}, [0.025, 0.05]),
+        ({0.025: 0.4, 0.05: 0.5}, [0.1]),
+        ({0.025: 0.4, 0.05: 0.5, 0.1: 0.3}, []),
+        ({0.025: 0.5, 0.05: None}, [0.0125]),
+        ({0.025: None, 0.05: None}, [0.0125]),
+        ({0.0125: 0.5, 0.025: 0.4, 0.05: 0.3}, [0.00625]),
+    ],
+)
+def test_learning_rates_are_tried_until_those_beside_the_best_are_worse(tried, missing):
+    from learning_trials import SCREEN
+
+    assert known(*((SCREEN, "full", lr, 0, top1) for lr, top1 in tried.items())).to_tune(SCREEN, "full") == missing
+
+
+def test_bars_are_differences_over_the_seeds_that_both_were_run_with():
+    from learning import bars
+    from learning_trials import DEFAULT, SCREEN
+
+    rows = [(SCREEN, DEFAULT, 0.05, 0, 0.49), (SCREEN, DEFAULT, 0.05, 1, 0.5), (SCREEN, DEFAULT, 0.1, 1, 0.9)]
+    rows += [(SCREEN, "local, H = 10", 0.05, seed, 0.45) for seed in (0, 1, 2)]
+    made = bars(known(*rows))
     assert made[0].value == pytest.approx(4.5)
-    assert made[2].value is None
+    assert made[0].among == pytest.approx((4, 5))
+    assert made[1].value is None and made[2].value is None
 
 
 def test_untuned_is_judged_at_the_rate_that_synchronous_sgd_chooses():
-    from learning import DEFAULT, DIGITS, FAR, bars
+    from learning import bars
+    from learning_trials import DEFAULT, DIGITS, FAR
 
-    def of(cell, candidate, lr, **grid):
-        tried = {rate.replace("_", "."): final for rate, final in grid.items()}
-        return {"cell": asdict(cell), "candidate": candidate, "lr": lr, "top1": [], "grid": tried}
+    def verdict(cell, ours):
+        rows = [(cell, "synchronous", 0.1, 0, 0.9), (cell, "synchronous", 0.05, 0, 0.7)]
+        study = known(*rows, (cell, DEFAULT, 0.1, 0, ours), (cell, DEFAULT, 0.05, 0, 0.95))
+        (found,) = [bar for bar in bars(study) if bar.value is not None]
+        return found
 
-    def verdicts(cell, ours, theirs=0.9):
-        records = [
-            of(cell, "synchronous", 0.1, **{"0_1": {"top1": theirs}, "0_05": {"top1": 0.7}}),
-            of(cell, DEFAULT, 0.05, **{"0_1": ours, "0_05": {"top1": 0.95}}),
-        ]
-        return [bar for bar in bars(records) if bar.value is not None]
+    assert verdict(DIGITS, 0.89).value == pytest.approx(-1.0)
+    assert verdict(DIGITS, 0.89).holds and not verdict(DIGITS, 0.8).holds
+    assert verdict(FAR, 0.6).holds and not verdict(FAR, 0.1).holds
+    assert not verdict(FAR, None).holds, "diverged"
 
-    (near,) = verdicts(DIGITS, {"top1": 0.89})
-    assert near.value == pytest.approx(-1.0) and near.holds
-    assert not verdicts(DIGITS, {"top1": 0.8})[0].holds
-    assert verdicts(FAR, {"top1": 0.6})[0].holds
-    assert not verdicts(FAR, None)[0].holds, "diverged"
+
+def test_what_is_stored_is_known_again_by_what_a_candidate_does(monkeypatch):
+    import learning_trials
+    from learning_trials import DEFAULT, SCREEN, restored, stored
+
+    study = known((SCREEN, DEFAULT, 0.05, 0, 0.49), (SCREEN, "synchronous", 0.05, 0, None))
+    rows = stored(study.trials)
+    assert restored(rows) == {trial.key: (replace(trial, cell=trial.cell_run), o) for trial, o in study.trials.values()}
+    candidates = {"another name": learning_trials.CANDIDATES[DEFAULT], "synchronous": {"algorithm": "gossip"}}
+    monkeypatch.setattr(learning_trials, "CANDIDATES", candidates)
+    ((trial, _),) = restored(rows).values()
+    assert trial.label == "another name"
+
+
+def test_those_who_wait_stand_in_the_table_of_every_cell_that_others_were_put_through():
+    from learning_trials import DEFAULT, LONG, SCREEN
+
+    rows = [(SCREEN, "synchronous", 0.05, 0, 0.5), (SCREEN, DEFAULT, 0.05, 0, 0.45), (LONG, "synchronous", 0.1, 0, 0.8)]
+    found = [(record["name"], record["candidate"]) for record in known(*rows).records()]
+    assert found == [(SCREEN.name, "synchronous"), (SCREEN.name, DEFAULT)]
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(90)
-def test_a_record_tells_of_real_runs_and_finds_them_again(monkeypatch, tmp_path, capsys):
+@pytest.mark.timeout(180)
+def test_a_study_stores_what_real_runs_tell_and_goes_on_from_there(monkeypatch, tmp_path, capsys):
     import learning
+    from learning_trials import Cell
 
-    monkeypatch.setattr(learning, "GRID", (0.05,))
-    cell = learning.Cell(delay=2.0, samples=1280)
-    (made,) = learning.study((cell,), ("full, 2 fragments",), (0,), Path("digits"), tmp_path)
-    assert (made["lr"], made["fragments"]) == (0.05, 2)
-    assert 1 < made["staleness_steps"] < 3
-    assert made["top1"][0] > 0.1
-    assert "top-1" in capsys.readouterr().out
-    assert learning.study((cell,), ("full, 2 fragments",), (0,), Path("digits"), tmp_path) == [made]
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(learning, "RUNGS", (0.05,))
+    monkeypatch.setattr(learning.Study, "to_tune", lambda self, *pair: [] if self.tried(*pair) else [0.05])
+    monkeypatch.setitem(learning.PARTS, "digits", (Cell(data="digits", delay=2.0, samples=1280),))
+    asked = ["digits", "--data", "digits", "--candidates", "full, 2 fragments", "--seeds", "0"]
+    asked += ["--out", str(tmp_path / "learning.json")]
+    assert learning.main(asked) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "learning.json").read_text())["figures"]
+    (trial,), (record,) = stored["trials"], stored["records"]
+    assert (trial["lr"], trial["fragments"]) == (0.05, 2)
+    assert 1 < trial["staleness_steps"] < 3
+    assert record["top1"] == {"0": pytest.approx(100 * trial["top1"])} and trial["top1"] > 0.1
+    assert learning.main(asked) == 0
+    assert "1 of 1" not in capsys.readouterr().out, "run again"
+    assert learning.main([*asked, "--again"]) == 0
+    assert "1 of 1" in capsys.readouterr().out
