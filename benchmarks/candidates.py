@@ -12,6 +12,8 @@ number of ranks:
     adaptive_gain_by_fragment    the same, a gain for each fragment, of its own rounds; for a fixed number of them
     dropped          what a rank has learnt since the snapshot is not kept: r_i <- r_i + (m - z_i)
     cleared          lasgd, and each correction that is shown clears the optimizer's state
+    momentum_averaged    lasgd, and the optimizers' momentum b is averaged as replicas are: b_i <- b_i + (mean b - its
+                     snapshot). Its bytes are not sent here: give it a round of twice the length
     weighted_steps   lasgd, and a snapshot weighs as many local steps as its rank has taken since the one before
     by_drift         lasgd, and instead of in turn the fragment goes that has drifted most, as far as is known; for a
                      fixed number of fragments
@@ -170,6 +172,44 @@ def compute_cleared(replica: Replica, pace: Pace) -> Text:
             replica.on_recovery()
 
 
+class MomentumAveraged(Candidate):
+    """The optimizers' momentum goes with the replicas, and what it became meanwhile is kept as well."""
+
+    takes_momentum = False
+
+    def __init__(self, replica: Replica, pace: Pace):
+        super().__init__(replica, pace)
+        self.rounds = 0
+        self.sent: list[Tensor] = []
+
+    def snapshot(self, fragment: Fragment) -> Contribution:
+        """With one of the momentum, which all ranks find under the same number."""
+        self.rounds += 1
+        self.sent = [buffer.clone() for buffer in self.buffers(fragment)]
+        sent = _SHARED.setdefault(self.pace, {})
+        sent.setdefault(self.rounds, []).append(self.sent)
+        sent.pop(self.rounds - 2, None)
+        return self.replica.snapshot(fragment)
+
+    def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
+        of_all, buffers = _SHARED[self.pace][self.rounds], self.buffers(fragment)
+        if all(len(each) == len(buffers) for each in of_all):
+            for buffer, mine, *of_ranks in zip(buffers, self.sent, *of_all, strict=True):
+                buffer.add_(sum(of_ranks) / len(of_ranks) - mine)
+        return outcome
+
+    def buffers(self, fragment: Fragment) -> list[Tensor]:
+        """The live momentum of a fragment; none before the first local step."""
+        state = cast(Any, self.replica.on_recovery).__self__  # what clears the optimizer's state is a method of it
+        found = []
+        for piece in fragment.pieces:
+            tensor = piece.entry.tensor()
+            if tensor in state:
+                buffer = state[tensor]["momentum_buffer"]
+                found.append(buffer if piece.is_whole else buffer.narrow(0, piece.first_row, piece.rows))
+        return found
+
+
 # Weights
 
 
@@ -281,6 +321,7 @@ CANDIDATES = (
     _algorithm("adaptive_gain_by_fragment", AdaptiveGainByFragment, lasgd.compute),
     _algorithm("dropped", Dropped, lasgd.compute),
     _algorithm("cleared", Candidate, compute_cleared),
+    _algorithm("momentum_averaged", MomentumAveraged, lasgd.compute),
     _algorithm("weighted_steps", WeightedSteps, lasgd.compute),
     _algorithm("by_drift", ByDrift, lasgd.compute),
     _algorithm("remembered_mean", RememberedMean, lasgd.compute),

@@ -101,12 +101,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "learnt meanwhile dropped, whole vector": {"algorithm": "dropped", "fragments": 1},
     "learnt meanwhile dropped": {"algorithm": "dropped"},
     "momentum cleared, whole vector": {"algorithm": "cleared", "fragments": 1},
+    "momentum averaged": {"algorithm": "momentum_averaged", "bytes": 2},
     "weighted by steps": {"algorithm": "weighted_steps"},
     "by drift, 10 fragments": {"algorithm": "by_drift", "fragments": 10},
     f"{DEFAULT}, mean of ten cycles": {"algorithm": "remembered_mean", "outer_momentum": 0.8, "momentum": 0.5},
 }
-"""Options of `lasgd simulate` by label. Where momentum is in both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one:
-so the same learning rate moves the mean as far."""
+"""Options of `lasgd simulate` by label, and as `bytes` how many times the whole vector travels. Where momentum is in
+both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one: so the same learning rate moves the mean as far."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Trial:
 
     def command(self, data: Path, out: Path) -> list[str]:
         """What anybody would type."""
-        cell = self.cell_run
+        options = dict(self.options)
+        cell = replace(self.cell_run, delay=self.cell_run.delay * options.pop("bytes", 1))
         options = {
             "data": data,
             "model": cell.model,
@@ -159,7 +161,7 @@ class Trial:
             "evaluations": 1,
             "checkpoints": 0,
             "device": "cpu",
-            **self.options,
+            **options,
             "out": out,
         }
         words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -47,10 +47,22 @@ class Steps:
             self.model.x.mul_(self.keeps).add_(self.adds)
 
 
-def run(name: str, works_of, delay: int = 5, samples: int = 200, values=(0.0, 8.0), fragments: int = 1, step_s=None):
+def run(
+    name: str,
+    works_of,
+    delay: int = 5,
+    samples: int = 200,
+    values=(0.0, 8.0),
+    fragments: int = 1,
+    step_s=None,
+    of_optimizer=None,
+):
     models = [Point([value] * 4, torch.float64) for value in values]
     replicas = [Replica(model, Tally(1, rank), fragments) for rank, model in enumerate(models)]
     works = [works_of(rank, model) for rank, model in enumerate(models)]
+    if of_optimizer:
+        for replica, work in zip(replicas, works, strict=True):
+            replica.on_recovery = of_optimizer(work)
     text, pace = registry.find(name), Pace(len(values), samples)
     durations = step_s or [1.0] * len(values)
     ranks = [
@@ -152,6 +164,34 @@ def test_clearing_clears_where_something_was_shown(known):
     replica.correct(fragment, sent, known.Mean(torch.ones(4, dtype=torch.float64)))
     text.send(None), text.send(None)
     assert cleared == [True]
+
+
+def test_momentum_is_averaged_and_what_it_became_meanwhile_kept():
+    # Two ranks with opposite gradients: alone, momentum grows to +-10; averaged every five steps it stays near the
+    # momentum of the ten that a round and the waiting for it take.
+    class Pulls:
+        def __init__(self, rank: int, model: Point):
+            self.model, self.pull = model, 1.0 - 2 * rank
+            self.optimizer = torch.optim.SGD([model.x], lr=0.0, momentum=0.9)
+            self.seen: list[float] = []
+
+        def begin(self) -> None:
+            pass
+
+        def gradient(self) -> None:
+            self.model.x.grad = torch.full_like(self.model.x, self.pull)
+
+        def update(self, progress: float) -> None:
+            self.optimizer.step()
+            self.seen.append(self.optimizer.state[self.model.x]["momentum_buffer"].view(-1)[0].item())
+
+    def largest(name: str) -> float:
+        works = run(name, Pulls, fragments=1, of_optimizer=lambda work: work.optimizer.state.clear)
+        assert all(a == pytest.approx(-b) for a, b in zip(works[0].seen, works[1].seen, strict=False))
+        return max(map(abs, works[0].seen[20:90]))
+
+    assert largest("lasgd") > 8.5
+    assert largest("momentum_averaged") < 7.0
 
 
 def test_by_drift_lets_all_go_once_and_then_the_one_that_drifts_most(known):

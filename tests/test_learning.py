@@ -31,6 +31,7 @@ def test_every_candidate_is_a_run_that_lasgd_takes(monkeypatch):
     monkeypatch.setattr(registry, "_ALGORITHMS", dict(registry._ALGORITHMS))
     candidates.register()
     for options in CANDIDATES.values():
+        options = {name: value for name, value in options.items() if name != "bytes"}
         settings = SimulationSettings.model_validate({"condition": SCREEN.condition, **options})
         algorithm = registry.find(settings.algorithm, settings.algorithm_settings())
         algorithm.check_wire(settings.wire)
@@ -63,6 +64,13 @@ def test_one_run_of_those_who_wait_stands_for_every_delay_and_straggler(label, w
 
     assert (command(Cell(delay=20, straggler="last:4x")) == command(Cell(delay=5))) is waits
     assert command(Cell(ranks=8)) != command(Cell(ranks=4))
+
+
+def test_who_sends_twice_the_bytes_waits_twice_as_long_for_them():
+    from learning_trials import SCREEN, Trial
+
+    command = Trial(SCREEN, "momentum averaged", 0.05, 0).command(Path("digits"), Path("out"))
+    assert "step=100ms+round=2s" in command and "--bytes" not in command
 
 
 def known(*rows):
