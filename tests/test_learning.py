@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("candidates", "common", "learning", "learning_trials"):
+    for name in ("candidates", "common", "drawing", "learning", "learning_figure", "learning_trials"):
         sys.modules.pop(name, None)
 
 
@@ -149,6 +149,17 @@ def test_those_who_wait_stand_in_the_table_of_every_cell_that_others_were_put_th
     rows = [(SCREEN, "synchronous", 0.05, 0, 0.5), (SCREEN, DEFAULT, 0.05, 0, 0.45), (LONG, "synchronous", 0.1, 0, 0.8)]
     found = [(record["name"], record["candidate"]) for record in known(*rows).records()]
     assert found == [(SCREEN.name, "synchronous"), (SCREEN.name, DEFAULT)]
+
+
+def test_the_pictures_show_what_is_stored():
+    import learning_figure
+    from drawing import mark
+
+    records = json.loads((BENCHMARKS / "results" / "learning.json").read_text(encoding="utf-8"))["figures"]["records"]
+    screen, delay = learning_figure.of_screen(records), learning_figure.of_delay(records)
+    assert set(delay) <= set(screen) and len(screen) > 3
+    assert mark(screen) in learning_figure.SCREEN.read_text(encoding="utf-8"), "run python benchmarks/learning_figure.py"
+    assert mark(delay) in learning_figure.DELAY.read_text(encoding="utf-8"), "run python benchmarks/learning_figure.py"
 
 
 @pytest.mark.processes
