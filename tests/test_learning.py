@@ -158,8 +158,8 @@ def test_the_pictures_show_what_is_stored():
     records = json.loads((BENCHMARKS / "results" / "learning.json").read_text(encoding="utf-8"))["figures"]["records"]
     screen, delay = learning_figure.of_screen(records), learning_figure.of_delay(records)
     assert set(delay) <= set(screen) and len(screen) > 3
-    assert mark(screen) in learning_figure.SCREEN.read_text(encoding="utf-8"), "run python benchmarks/learning_figure.py"
-    assert mark(delay) in learning_figure.DELAY.read_text(encoding="utf-8"), "run python benchmarks/learning_figure.py"
+    assert mark(screen) in learning_figure.SCREEN.read_text(encoding="utf-8"), "draw again"
+    assert mark(delay) in learning_figure.DELAY.read_text(encoding="utf-8"), "draw again"
 
 
 @pytest.mark.processes
