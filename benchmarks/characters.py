@@ -7,8 +7,8 @@
 A transformer of some hundred thousand parameters reads 32 characters and foretells each next one. The text is made up
 from the seed: words of two or three syllables, each of which a few others may follow. So it is known how well any
 model could do, and no text need be shipped. Four ranks, each with windows of its own; a warm-up and a cosine of global
-progress. Each optimizer's learning rate is the one of a few that synchronous SGD learns best with, and all take it
-(AdamW with momentum of the mean a share of it, as far as this stretches its steps).
+progress. Each optimizer's learning rate is the one of a few that synchronous SGD learns best with, over all seeds, and
+all take it (AdamW with momentum of the mean a share of it, as far as this stretches its steps).
 Clusters are as in learning.py: so many local steps for the whole vector on the wire, and perhaps a rank that is four
 times slower.
 
@@ -24,7 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product, repeat
 from multiprocessing import get_context
 from typing import Any
@@ -180,9 +180,9 @@ def _adamw(model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimize
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer(_sgd, (0.2, 0.4, 0.8, 1.6, 3.2)),
+    "sgd": Optimizer(_sgd, (0.4, 0.8, 1.6)),
     # Its step is a mean of gradients and no sum of them: momentum does not lengthen it, that of the mean does.
-    "adamw": Optimizer(_adamw, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), share=lambda outer: 1 - outer),
+    "adamw": Optimizer(_adamw, (8e-3, 1.6e-2, 3.2e-2), share=lambda outer: 1 - outer),
 }
 ALGORITHMS: dict[str, tuple[str, Mapping[str, Any], float]] = {
     "sync_sgd": ("sync_sgd", {}, 0.0),
@@ -191,7 +191,7 @@ ALGORITHMS: dict[str, tuple[str, Mapping[str, Any], float]] = {
     "full": ("lasgd", {}, 0.0),
 }
 """(algorithm, its settings, momentum of the mean) by label. The optimizers' is 0.9, or what is shared out to them."""
-DEFAULTS = {"sgd": "momentum shared out", "adamw": "full"}
+DEFAULTS = {"sgd": "momentum shared out", "adamw": "momentum shared out"}
 """What the documents recommend: docs/choosing.md."""
 CLUSTERS = {"delay 1": (1.0, False), "delay 10": (10.0, False), "delay 10, straggler last:4x": (10.0, True)}
 """(local steps for the whole vector, whether the last rank is four times slower) by name."""
@@ -207,6 +207,12 @@ class Run:
     cluster: str
     seed: int
     samples: int
+
+    @property
+    def done(self) -> Run:
+        """Ranks that wait learn the same in every cluster: one run of theirs is done, in the first."""
+        waits = registry.find(ALGORITHMS[self.label][0]).is_synchronous
+        return replace(self, cluster=next(iter(CLUSTERS))) if waits else self
 
 
 def plan_of(run: Run, parameters: int) -> Plan:
@@ -258,19 +264,30 @@ def held_out_loss(model: nn.Module, language: Language, seed: int) -> float:
 
 
 def tuned(
-    losses_of: Callable[[Sequence[Run]], list[float | None]], optimizers: Sequence[str], seed: int, samples: int
+    losses_of: Callable[[Sequence[Run]], list[float | None]],
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    samples: int,
 ) -> dict[str, dict[float, float | None]]:
-    """What synchronous SGD's loss is with each learning rate, by optimizer; None where it has diverged."""
-    tries = [
-        Run(optimizer, lr, REFERENCE, next(iter(CLUSTERS)), seed, samples)
-        for optimizer in optimizers
-        for lr in OPTIMIZERS[optimizer].grid
-    ]
+    """Synchronous SGD's mean loss with each learning rate, by optimizer; None where it has diverged with any seed."""
+    tries = [(optimizer, lr) for optimizer in optimizers for lr in OPTIMIZERS[optimizer].grid]
+    found = iter(
+        losses_of([Run(*each, REFERENCE, next(iter(CLUSTERS)), seed, samples) for each, seed in product(tries, seeds)])
+    )
     grids: dict[str, dict[float, float | None]] = {optimizer: {} for optimizer in optimizers}
-    for run, loss in zip(tries, losses_of(tries), strict=True):
-        print(f"    {run.optimizer}: {REFERENCE} with a learning rate of {run.lr:g}: {said(loss)}", flush=True)
-        grids[run.optimizer][run.lr] = loss
+    for optimizer, lr in tries:
+        losses = [next(found) for _ in seeds]
+        grids[optimizer][lr] = mean_of(losses)
+        print(
+            f"    {optimizer}: {REFERENCE} with a learning rate of {lr:g}: {', '.join(map(said, losses))}", flush=True
+        )
     return grids
+
+
+def mean_of(losses: Sequence[float | None]) -> float | None:
+    """None where any is missing or no number."""
+    known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    return statistics.fmean(known) if known and len(known) == len(losses) else None
 
 
 def best(grid: Mapping[float, float | None]) -> float:
@@ -280,7 +297,7 @@ def best(grid: Mapping[float, float | None]) -> float:
 
 def said(loss: float | None) -> str:
     """In words."""
-    return "diverged" if loss is None else f"{loss:.4f}"
+    return "diverged" if loss is None or math.isnan(loss) else f"{loss:.4f}"
 
 
 def bars(records: Sequence[Mapping[str, Any]]) -> list[Bar]:
@@ -311,7 +328,8 @@ def loss_in(records: Sequence[Mapping[str, Any]], optimizer: str, cluster: str, 
     """Mean over the seeds, infinite where one has diverged; None where it was not measured."""
     for found in records:
         if (found["optimizer"], found["cluster"], found["algorithm"]) == (optimizer, cluster, label):
-            return math.inf if None in found["loss"] else statistics.fmean(found["loss"])
+            mean = mean_of(found["loss"])
+            return math.inf if mean is None else mean
     return None
 
 
@@ -335,11 +353,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples, seeds = (2000, seeds[:1]) if arguments.quick else (SAMPLES, seeds)
     language = Language.of_seed(arguments.seed)
     with ProcessPoolExecutor(usable_cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        known: dict[Run, float | None] = {}
 
         def losses_of(runs: Sequence[Run]) -> list[float | None]:
-            return list(pool.map(trained, repeat(language), runs))
+            missing = [run for run in dict.fromkeys(run.done for run in runs) if run not in known]
+            known.update(zip(missing, pool.map(trained, repeat(language), missing), strict=True))
+            return [known[run.done] for run in runs]
 
-        grids = tuned(losses_of, optimizers, seeds[0], samples)
+        grids = tuned(losses_of, optimizers, seeds, samples)
         chosen = {name: best(grid) for name, grid in grids.items()}
         settings = {"quick": arguments.quick, "ranks": RANKS, "batch_size": BATCH, "samples": samples}
         report = Report("characters", run_card(settings | {"lr": chosen, "warmup": WARMUP}, seeds))

@@ -94,14 +94,36 @@ def test_the_vector_is_on_the_wire_for_as_many_local_steps_as_the_cluster_says(c
 def test_synchronous_sgd_chooses_the_learning_rate_that_all_take():
     from characters import OPTIMIZERS, REFERENCE, best, tuned
 
+    least, middle, most = OPTIMIZERS["sgd"].grid
+
     def losses_of(runs):
         assert {run.label for run in runs} == {REFERENCE}
-        return [None if run.lr > 1 else abs(run.lr - 0.4) for run in runs]
+        return [None if (run.lr, run.seed) == (most, 1) else abs(run.lr - 1.1 * most) for run in runs]
 
-    grids = tuned(losses_of, ["sgd"], seed=0, samples=1)
-    assert list(grids) == ["sgd"] and tuple(grids["sgd"]) == OPTIMIZERS["sgd"].grid
-    assert best(grids["sgd"]) == 0.4
+    grids = tuned(losses_of, ["sgd"], seeds=[0, 1], samples=1)
+    assert list(grids) == ["sgd"] and list(grids["sgd"]) == [least, middle, most]
+    assert grids["sgd"][most] is None, "diverges with a seed"
+    assert best(grids["sgd"]) == middle
     assert best({1.0: None, 2.0: None}) == 1.0
+
+
+def test_one_run_of_those_who_wait_stands_for_every_cluster():
+    from characters import CLUSTERS, Run
+
+    def done(label):
+        return {Run("sgd", 0.1, label, cluster, 0, 1000).done for cluster in CLUSTERS}
+
+    assert len(done("sync_sgd")) == len(done("local_sgd, H = 10")) == 1
+    assert len(done("full")) == len(CLUSTERS)
+
+
+@pytest.mark.parametrize(
+    "losses, mean", [([0.5, 0.7], 0.6), ([0.5, None], None), ([0.5, float("nan")], None), ([], None)]
+)
+def test_a_loss_that_is_none_leaves_no_mean(losses, mean):
+    from characters import mean_of
+
+    assert mean_of(losses) == (None if mean is None else pytest.approx(mean))
 
 
 def test_the_table_shows_losses_by_algorithm_and_cluster():
