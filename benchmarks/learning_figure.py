@@ -60,7 +60,7 @@ def draw_screen(points: Points) -> None:
     if MARK in points:
         axes.axvline(statistics.fmean(value for _, value in points[MARK]), color=ORANGE, linewidth=0.8)
     axes.set_yticks(range(len(points)), list(points), fontsize=8)
-    axes.set(xlabel="top-1 after 60,000 samples, %, at the best learning rate")
+    axes.set(ylim=(-0.6, len(points) - 0.4), xlabel="top-1 after 60,000 samples, %, at the best learning rate")
     axes.grid(True, axis="x")
     save(figure, SCREEN, points)
 
