@@ -1,7 +1,7 @@
 """What never waiting costs per sample, and what wins it back: real gradients, in virtual time, at equal samples.
 
     python benchmarks/learning.py screen --data cifar10.tar.xz       all candidates in one cell
-    python benchmarks/learning.py short --data cifar10.tar.xz        a fast network and a short run
+    python benchmarks/learning.py short --data cifar10.tar.xz        a fast network, a short run
     python benchmarks/learning.py delay --data cifar10.tar.xz        the same by delay
     python benchmarks/learning.py ranks --data cifar10.tar.xz        with 8 and 16 ranks
     python benchmarks/learning.py straggler --data cifar10.tar.xz    the last rank four times slower
@@ -35,6 +35,7 @@ from learning_trials import (
     DEFAULT,
     DIGITS,
     FAR,
+    FAST,
     HELD,
     INT8,
     LONG,
@@ -167,6 +168,7 @@ def bars(study: Study) -> list[Bar]:
         _points(study, SCREEN, "the default against full with one fragment", DEFAULT, "full, whole vector", 6.0),
         _points(study, SCREEN, "the default with int8 against synchronous", INT8, "synchronous", -2.0),
         _points(study, SHORT, "the default against synchronous", DEFAULT, "synchronous", -1.0),
+        _points(study, FAST, "the default against synchronous", DEFAULT, "synchronous", -1.0),
         _points(study, LONG, "the default against synchronous", DEFAULT, "synchronous", -1.0),
         _points(study, LONG, "the default with int8 against synchronous", INT8, "synchronous", -0.5),
         _points(study, FAR, "the default against blocking local SGD as rarely", DEFAULT, "local, H = 20", -3.0),

@@ -55,6 +55,7 @@ class Cell:
 SCREEN = Cell()
 """The prototype's setting: what is known of the candidates before is known of this one."""
 SHORT = Cell(delay=1.0, samples=20_000)
+FAST = Cell(delay=0.5)
 FAR = Cell(ranks=16, delay=20.0)
 HELD = Cell(straggler="last:4x")
 LONG = Cell(samples=600_000)
@@ -62,7 +63,7 @@ TINY = Cell(data="tiny-imagenet-20", batch_size=8, samples=30_000)
 DIGITS = Cell(data="digits", samples=20_000)
 PARTS: dict[str, tuple[Cell, ...]] = {
     "screen": (SCREEN,),
-    "short": (SHORT,),
+    "short": (SHORT, FAST),
     "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
     "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR),
     "straggler": (HELD,),
