@@ -13,7 +13,8 @@
 A cell is what all candidates are put through: data set, ranks, how many local steps the whole float32 vector is on the
 wire, who is slow, how many samples. A local step takes 100 virtual milliseconds. Learning rates lie on a ladder whose
 rungs are a factor of two apart. For each candidate two rungs are tried, and then further ones until those on both sides
-of the best have been tried and are worse, by the final loss with seed 0; the other seeds run with the best.
+of the best have been tried and are worse, by the final loss with seed 0; the other seeds run with the best. The default
+is also tried with the rate that synchronous SGD has come to.
 
 Runs are `lasgd simulate` as anybody would type it, one on each core. What comes of each is stored as soon as it is
 there, and what is stored is not run again, unless --again asks for it: a study that is cut off goes on where it was.
@@ -97,6 +98,9 @@ class Study:
         pairs = [(cell, label) for cell in cells for label in labels]
         while missing := [Trial(*pair, lr, TUNED_WITH) for pair in pairs for lr in self.to_tune(*pair)]:
             yield from self._run(missing, data, commit)
+        rates = {cell: self.best(cell, "synchronous") for cell, label in pairs if label == DEFAULT}
+        untuned = [Trial(cell, DEFAULT, lr, TUNED_WITH) for cell, lr in rates.items() if lr is not None]
+        yield from self._run([trial for trial in untuned if trial.key not in self.trials], data, commit)
         best = {pair: self.best(*pair) for pair in pairs}
         more = [Trial(*pair, lr, seed) for pair, lr in best.items() if lr is not None for seed in seeds]
         yield from self._run([trial for trial in more if trial.key not in self.trials], data, commit)

@@ -162,6 +162,30 @@ def test_the_pictures_show_what_is_stored():
     assert mark(delay) in learning_figure.DELAY.read_text(encoding="utf-8"), "draw again"
 
 
+def test_the_default_is_also_tried_with_the_rate_of_synchronous_sgd(monkeypatch):
+    import learning
+    from learning_trials import DEFAULT, SCREEN, Outcome
+
+    def top1(trial):
+        return trial.lr if trial.label == "synchronous" and trial.lr < 0.3 else 0.1 / (1 + 100 * trial.lr)
+
+    asked = []
+
+    def run_all(trials, data, commit):
+        for trial in trials:
+            asked.append((trial.label, trial.lr, trial.seed))
+            yield trial, Outcome(top1(trial), -top1(trial))
+
+    monkeypatch.setattr(learning, "run_all", run_all)
+    study = learning.Study({})
+    for _ in study.run((SCREEN,), ["synchronous", DEFAULT], (0, 1), Path("digits"), "commit"):
+        pass
+    assert study.best(SCREEN, "synchronous") == 0.2
+    assert (DEFAULT, 0.2, 0) in asked and (DEFAULT, 0.1, 0) not in asked
+    assert len(set(asked)) == len(asked)
+    assert ("synchronous", 0.2, 1) in asked and study.untuned(SCREEN)[0].top1 == pytest.approx(0.1 / 21)
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 def test_a_study_stores_what_real_runs_tell_and_goes_on_from_there(monkeypatch, tmp_path, capsys):
