@@ -105,13 +105,18 @@ class Report:
             }
         )
 
+    def store(self, out: Path) -> None:
+        """Writes the JSON; what is cut off in the midst of it leaves the file that was there."""
+        from lasgd.training.run_folder import write_json_atomically
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(out, self.as_json())
+
     def finish(self, out: Path | None) -> int:
         """Stores the JSON in `out`, if given, prints it as the last line, and returns the exit code."""
-        result = self.as_json()
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        print(json.dumps(result, allow_nan=False), flush=True)
+            self.store(out)
+        print(json.dumps(self.as_json(), allow_nan=False), flush=True)
         return 1 if self.holds is False else 0
 
 

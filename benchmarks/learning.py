@@ -55,6 +55,8 @@ from learning_trials import (
 
 RUNGS = (0.025, 0.05)
 """Learning rates that every candidate begins with."""
+LEAST = RUNGS[0] / 64
+"""What diverges there too is given up."""
 TUNED_WITH = 0
 """The seed."""
 SEEDS = (0, 1, 2)
@@ -89,21 +91,27 @@ class Study:
             return missing
         best = self.best(cell, label)
         beside = [min(tried) / 2] if best is None else [best / 2, best * 2]
-        return [lr for lr in beside if lr not in tried]
+        return [lr for lr in beside if lr not in tried and lr >= LEAST]
 
     def run(
         self, cells: Sequence[Cell], labels: Sequence[str], seeds: Sequence[int], data: Path, commit: str
     ) -> Iterator[None]:
         """Runs what is missing. Yields after each run, when `trials` holds it."""
         pairs = [(cell, label) for cell in cells for label in labels]
-        while missing := [Trial(*pair, lr, TUNED_WITH) for pair in pairs for lr in self.to_tune(*pair)]:
+        while missing := self._to_tune(pairs):
             yield from self._run(missing, data, commit)
-        rates = {cell: self.best(cell, "synchronous") for cell, label in pairs if label == DEFAULT}
-        untuned = [Trial(cell, DEFAULT, lr, TUNED_WITH) for cell, lr in rates.items() if lr is not None]
-        yield from self._run([trial for trial in untuned if trial.key not in self.trials], data, commit)
         best = {pair: self.best(*pair) for pair in pairs}
         more = [Trial(*pair, lr, seed) for pair, lr in best.items() if lr is not None for seed in seeds]
         yield from self._run([trial for trial in more if trial.key not in self.trials], data, commit)
+
+    def _to_tune(self, pairs: Sequence[tuple[Cell, str]]) -> list[Trial]:
+        """The next runs; in the end the default's with the rate that synchronous SGD has come to."""
+        found = [Trial(*pair, lr, TUNED_WITH) for pair in pairs for lr in self.to_tune(*pair)]
+        if found:
+            return found
+        rates = {cell: self.best(cell, "synchronous") for cell, label in pairs if label == DEFAULT}
+        untuned = [Trial(cell, DEFAULT, lr, TUNED_WITH) for cell, lr in rates.items() if lr is not None]
+        return [trial for trial in untuned if trial.key not in self.trials]
 
     def _run(self, trials: Sequence[Trial], data: Path, commit: str) -> Iterator[None]:
         ended = 0
@@ -137,6 +145,10 @@ class Study:
         if lr is None:
             return None, None
         return self.outcome(cell, DEFAULT, lr), self.outcome(cell, "synchronous", lr)
+
+    def figures(self) -> dict[str, Any]:
+        """What is stored."""
+        return {"records": self.records(), "trials": stored(self.trials)}
 
     def records(self) -> list[dict[str, Any]]:
         """A row for each cell, of those that anybody who never waits was put through, and candidate."""
@@ -237,10 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(trials)
     report = Report("learning", run_card({"part": arguments.part, "begun with": list(RUNGS)}, seeds))
     for _ in study.run(cells, labels, seeds, arguments.data, report.card["commit"]):
-        _store(report, study, where)
+        if where is not None:  # so that nothing is lost where the study is cut off
+            report.figures, report.bars = study.figures(), bars(study)
+            report.store(where)
+    report.figures, report.bars = study.figures(), []
     for bar in bars(study):
         report.add(bar)
-    report.figures = {"records": study.records(), "trials": stored(study.trials)}
     return report.finish(where)
 
 
@@ -248,15 +262,6 @@ def _rows(where: Path | None) -> Iterable[dict[str, Any]]:
     if where is None or not where.exists():
         return ()
     return json.loads(where.read_text(encoding="utf-8"))["figures"]["trials"]
-
-
-def _store(report: Report, study: Study, where: Path | None) -> None:
-    """So that nothing is lost where the study is cut off."""
-    if where is not None:
-        report.figures = {"records": study.records(), "trials": stored(study.trials)}
-        report.bars = bars(study)
-        where.write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    report.bars = []
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from common import RESULTS
 from drawing import BLUE, GREEN, GREY, IMAGES, ORANGE, PURPLE, pyplot, save
+from learning_trials import DEFAULT, SCREEN
 
-SCREEN, DELAY = IMAGES / "learning_screen.svg", IMAGES / "learning_delay.svg"
-MARK, DEFAULT = "synchronous", "ranks 0.5, mean 0.8"
-BY_DELAY = {
+BY_CANDIDATE, BY_DELAY = IMAGES / "learning_screen.svg", IMAGES / "learning_delay.svg"
+MARK = "synchronous"
+LINES = {
     MARK: GREY,
     "local, H = 10": PURPLE,
     "full, whole vector": ORANGE,
@@ -31,8 +33,7 @@ Points = dict[str, list[list[float]]]
 
 def of_screen(records: Sequence[Mapping[str, Any]]) -> Points:
     """Every candidate of the prototype's cell, the best last: its place, its top-1."""
-    cell = {"data": "cifar10", "ranks": 4, "delay": 10.0, "straggler": "", "samples": 60_000}
-    found = [record for record in records if record["top1"] and cell.items() <= record["cell"].items()]
+    found = [record for record in records if record["top1"] and record["cell"] == asdict(SCREEN)]
     found.sort(key=lambda record: statistics.fmean(record["top1"].values()))
     return {
         record["candidate"]: [[place, value] for value in record["top1"].values()] for place, record in enumerate(found)
@@ -41,10 +42,10 @@ def of_screen(records: Sequence[Mapping[str, Any]]) -> Points:
 
 def of_delay(records: Sequence[Mapping[str, Any]]) -> Points:
     """Some of them by delay, all else as in the prototype's cell."""
-    cell = {"data": "cifar10", "ranks": 4, "straggler": "", "samples": 60_000}
     found: Points = {}
     for record in sorted(records, key=lambda record: record["cell"]["delay"]):
-        if record["candidate"] in BY_DELAY and record["top1"] and cell.items() <= record["cell"].items():
+        is_like = record["cell"] | {"delay": SCREEN.delay} == asdict(SCREEN)
+        if record["candidate"] in LINES and record["top1"] and is_like:
             values = record["top1"].values()
             found.setdefault(record["candidate"], []).extend([record["cell"]["delay"], value] for value in values)
     return found
@@ -62,13 +63,13 @@ def draw_screen(points: Points) -> None:
     axes.set_yticks(range(len(points)), list(points), fontsize=8)
     axes.set(ylim=(-0.6, len(points) - 0.4), xlabel="top-1 after 60,000 samples, %, at the best learning rate")
     axes.grid(True, axis="x")
-    save(figure, SCREEN, points)
+    save(figure, BY_CANDIDATE, points)
 
 
 def draw_delay(points: Points) -> None:
     """A line for each candidate through the means, a dot for each seed."""
     figure, axes = pyplot().subplots(figsize=(7.2, 3.4), layout="constrained")
-    for label, colour in BY_DELAY.items():
+    for label, colour in LINES.items():
         by_delay: dict[float, list[float]] = {}
         for delay, value in points.get(label, ()):
             by_delay.setdefault(delay, []).append(value)
@@ -80,7 +81,7 @@ def draw_delay(points: Points) -> None:
     axes.minorticks_off()
     axes.grid(True)
     axes.legend(frameon=False, fontsize=8, labelcolor=GREY)
-    save(figure, DELAY, points)
+    save(figure, BY_DELAY, points)
 
 
 def main() -> None:

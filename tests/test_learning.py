@@ -94,6 +94,7 @@ def known(*rows):
         ({0.025: 0.5, 0.05: None}, [0.0125]),
         ({0.025: None, 0.05: None}, [0.0125]),
         ({0.0125: 0.5, 0.025: 0.4, 0.05: 0.3}, [0.00625]),
+        ({0.05 / 2**k: None for k in range(8)}, []),  # it diverges with all
     ],
 )
 def test_learning_rates_are_tried_until_those_beside_the_best_are_worse(tried, missing):
@@ -158,8 +159,8 @@ def test_the_pictures_show_what_is_stored():
     records = json.loads((BENCHMARKS / "results" / "learning.json").read_text(encoding="utf-8"))["figures"]["records"]
     screen, delay = learning_figure.of_screen(records), learning_figure.of_delay(records)
     assert set(delay) <= set(screen) and len(screen) > 3
-    assert mark(screen) in learning_figure.SCREEN.read_text(encoding="utf-8"), "draw again"
-    assert mark(delay) in learning_figure.DELAY.read_text(encoding="utf-8"), "draw again"
+    assert mark(screen) in learning_figure.BY_CANDIDATE.read_text(encoding="utf-8"), "draw again"
+    assert mark(delay) in learning_figure.BY_DELAY.read_text(encoding="utf-8"), "draw again"
 
 
 def test_the_default_is_also_tried_with_the_rate_of_synchronous_sgd(monkeypatch):
@@ -192,7 +193,6 @@ def test_a_study_stores_what_real_runs_tell_and_goes_on_from_there(monkeypatch, 
     import learning
     from learning_trials import Cell
 
-    monkeypatch.setattr(learning, "RUNGS", (0.05,))
     monkeypatch.setattr(learning.Study, "to_tune", lambda self, *pair: [] if self.tried(*pair) else [0.05])
     monkeypatch.setitem(learning.PARTS, "digits", (Cell(data="digits", delay=2.0, samples=1280),))
     asked = ["digits", "--data", "digits", "--candidates", "full, 2 fragments", "--seeds", "0"]
