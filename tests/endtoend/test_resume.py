@@ -178,10 +178,13 @@ def test_a_full_disk_costs_the_newer_checkpoints_and_neither_the_older_ones_nor_
     with running(Ranks(*SLOW, "--out", "run", cwd=tmp_path, before=hook)) as ranks:
         assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
     record = finished(out)
-    assert record.notes
     large = ("rank 1: run/checkpoints/", "rank 1: run/replicas/")
-    assert all(note.startswith(large) for note in record.notes)
-    assert any(note.startswith(large[0]) and "could not be written: File too large" in note for note in record.notes)
+    refused = [note for note in record.notes if "could not be written: File too large" in note]
+    assert refused
+    assert all(note.startswith(large) for note in refused), record.notes
+    assert any(note.startswith(large[0]) for note in refused), record.notes
+    others = set(record.notes) - set(refused)  # where the tests' own disk is slow
+    assert all("the disk was busy" in note or "the disk is still busy" in note for note in others), record.notes
     assert "rank 1: run/checkpoints/" in ranks.said(1)  # at once, in its own log
     assert "could not be written: File too large" in ranks.said(0)  # and in the summary
     kept = complete_cuts(out, 2)

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_trace_of_the_new_one(t
     assert "earlier checkpoints are kept" in str(caught.value)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["000001"]
     assert torch.equal(checkpoints.read(1)["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_a_rank_that_removes_the_folder_it_could_not_fill_costs_no_other_rank_its_part(tmp_path, monkeypatch):
+    full, other = Checkpoints(tmp_path, rank=1), Checkpoints(tmp_path, rank=0)
+    mkdir, disturbed = Path.mkdir, []
+
+    def mkdir_just_before_the_other_gives_up(path, *arguments, **keywords):
+        mkdir(path, *arguments, **keywords)
+        if path.name == "000002" and len(disturbed) < 2:
+            disturbed.append(path)
+            with files_of_at_most(50_000), pytest.raises(LasgdError, match="File too large"):
+                full.write(2, STATE)
+            assert not path.exists()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_just_before_the_other_gives_up)
+    other.write(2, STATE)
+    assert len(disturbed) == 2
+    assert torch.equal(other.read(2)["model"]["weight"], STATE["model"]["weight"])
 
 
 @pytest.mark.parametrize("refused", ["fsync", "replace"])

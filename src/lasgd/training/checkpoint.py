@@ -9,11 +9,13 @@ all ranks have said, in the header, that they have the newer one on disk and it 
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,6 +24,7 @@ from lasgd.training.run_folder import replacing
 from lasgd.training.settings import OWN_TO_A_RANK
 
 VERSION = 2
+_ATTEMPTS = 100
 
 
 class Checkpoints:
@@ -39,8 +42,7 @@ class Checkpoints:
         """Writes this rank's part, whole or not at all. Raises LasgdError, naming the file."""
         path = self.part(number)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
+            with replacing(path) as temporary, _created(temporary) as file:
                 # Into a file of ours: torch's own says of a full disk no more than that some assertion failed.
                 torch.save({"version": VERSION, "number": number, **state}, file)
         except (LasgdError, OSError, RuntimeError) as error:
@@ -97,6 +99,19 @@ class Checkpoints:
                     self.part(newer).unlink()
                 with suppress(OSError):
                     self.part(newer).parent.rmdir()
+
+
+def _created(path: Path) -> BinaryIO:
+    """Opens a new file for writing, in a folder that another rank may be removing.
+
+    A rank whose own part did not fit removes the cut's folder if nothing is in it, which can be just after it was made
+    here. It does so once in a cut, so the attempts are as many as ranks can disturb.
+    """
+    for _ in range(_ATTEMPTS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return open(path, "wb")
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _check_sums(path: Path) -> None:
