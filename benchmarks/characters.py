@@ -250,6 +250,8 @@ def trained(language: Language, run: Run) -> float | None:
         Replica(model, Tally(BATCH, rank), plan.first_cut, keeps_mean=plan.algorithm.keeps_mean)
         for rank, model in enumerate(models)
     ]
+    for replica, work in zip(replicas, works, strict=True):
+        replica.on_recovery = work.optimizer.state.clear  # as lasgd.attach does
     virtual, paces = cluster_of(plan, replicas, works)
     virtual.run()
     return None if paces[0].end is End.DIVERGED else held_out_loss(models[0], language, seed)

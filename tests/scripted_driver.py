@@ -32,15 +32,19 @@ class Ranks:
         fragments: int | str = 1,
         algorithm: str = "lasgd",
         lr: float = 0.1,
+        settings: dict | None = None,
         **pace_options,
     ):
         n = len(models)
         self.models, self.lr = models, lr
         self.tallies = [Tally(batch_size) for _ in models]
         first = 1 if fragments == "auto" else fragments
-        self.replicas = [Replica(model, tally, first) for model, tally in zip(models, self.tallies, strict=True)]
+        text = registry.find(algorithm, settings)
+        self.replicas = [
+            Replica(model, tally, first, keeps_mean=text.keeps_mean)
+            for model, tally in zip(models, self.tallies, strict=True)
+        ]
         self.paces = [Pace(n, samples, fragments=fragments, **pace_options) for _ in models]
-        text = registry.find(algorithm)
         self._compute = [text.compute(r, p) for r, p in zip(self.replicas, self.paces, strict=True)]
         self._communicate = [text.communicate(r, p) for r, p in zip(self.replicas, self.paces, strict=True)]
         for part in self._compute:
@@ -96,7 +100,7 @@ class Ranks:
         total = sum_in_order([c.values * c.weight if c.weight else c.values for c in contributions])
         headers = [
             self.paces[rank].header(
-                rank, self.tallies[rank], c.weight, self.replicas[rank].is_sitting_out, round_s, self.round_parts
+                rank, self.tallies[rank], c.weight, self.replicas[rank].health, round_s, self.round_parts
             )
             for rank, c in enumerate(contributions)
         ]

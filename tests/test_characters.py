@@ -91,6 +91,27 @@ def test_the_vector_is_on_the_wire_for_as_many_local_steps_as_the_cluster_says(c
     assert whole == pytest.approx(CLUSTERS[cluster][0] * STEP_S)
 
 
+def test_a_rank_that_sat_out_forgets_its_optimizer_s_state_as_in_real_runs(monkeypatch):
+    import characters
+
+    seen = []
+
+    def caught(plan, replicas, works):
+        seen.extend(zip(replicas, works, strict=True))
+        raise InterruptedError
+
+    monkeypatch.setattr(characters, "cluster_of", caught)
+    with pytest.raises(InterruptedError):
+        characters.trained(
+            characters.Language.of_seed(0, words=10), characters.Run("sgd", 0.1, "full", "delay 1", 0, 64)
+        )
+    for replica, work in seen:
+        (parameter, *_) = work.model.parameters()
+        work.optimizer.state[parameter] = {"momentum_buffer": torch.ones(())}
+        replica.on_recovery()
+        assert not work.optimizer.state
+
+
 def test_synchronous_sgd_chooses_the_learning_rate_that_all_take():
     from characters import OPTIMIZERS, REFERENCE, best, tuned
 

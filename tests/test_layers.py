@@ -14,7 +14,7 @@ from lasgd.algorithms import registry
 
 ROOT = Path(lasgd.__file__).parent
 
-CORE = {"errors", "layout", "merge", "tally", "fences", "pace", "replica", "wire"}
+CORE = {"errors", "health", "layout", "merge", "tally", "fences", "pace", "replica", "wire"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "stalls": set(),
     "wire": {"errors"},
     "layout": {"errors"},
-    "pace": {"algorithms.requests", "errors", "tally"},
-    "replica": {"algorithms.requests", "errors", "fences", "layout", "merge", "tally"},
+    "health": {"layout"},
+    "pace": {"algorithms.requests", "errors", "health", "tally"},
+    "replica": {"algorithms.requests", "errors", "fences", "health", "layout", "merge", "tally"},
     "algorithms": {"algorithms", "pace", "replica", "errors", "momentum"},
     "group": {"group", "errors"},
     "runtime": {"runtime", "group", "algorithms.registry", "algorithms.requests", *CORE},
-    "virtual": {"virtual", "group.cost", "algorithms.requests", "errors", "pace", "replica", "stalls", "tally", "wire"},
+    "virtual": {"virtual", "group.cost", "algorithms.requests", "stalls", *CORE},
 }
 """By module or package: what it may import of lasgd, each name standing for all that is below it."""
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lasgd.algorithms.requests import Failure, Mean
 from lasgd.errors import ConfigurationError
+from lasgd.health import Health
 from lasgd.tally import Tally
 
 
@@ -33,14 +34,14 @@ class Column(IntEnum):
     ROUND_S = 3  # seconds of the latest round, from when it was due (else from joining) to its end; 0: not known yet
     PARTS = 4  # fragments that the vector was cut into in that latest round
     WEIGHT = 5  # of this rank's contribution to this round
-    SICK = 6  # 1: this rank holds NaN or Inf and sits out a cycle of fragments
+    SICK = 6  # a Health: why this rank sits out a cycle of fragments, if it does
     LEFT = 7  # 1: this rank takes no more local steps
     STOP = 8  # 1: this rank asks for an early end
     SAVED = 9  # number of the newest checkpoint that this rank has on disk, free of NaN and Inf
     ELAPSED_S = 10  # from the start of the run to this rank's latest step boundary
 
 
-def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> tuple[float, ...]:
+def header_row(tally: Tally, weight: float, health: Health, round_s: float, parts: int) -> tuple[float, ...]:
     """One rank's word, in the order of `Column`."""
     return (
         tally.samples,
@@ -49,7 +50,7 @@ def header_row(tally: Tally, weight: float, is_sick: bool, round_s: float, parts
         round_s,
         parts,
         weight,
-        is_sick,
+        health,
         tally.has_left,
         tally.wants_stop,
         tally.saved_checkpoint,
@@ -68,10 +69,11 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Sickness:
-    """One rank held NaN or Inf from this round on, and takes the others' mean."""
+    """One rank held NaN or Inf, or had run away, from this round on, and takes the others' mean."""
 
     rank: int
     round: int
+    found: Health = Health.NOT_FINITE
 
 
 IDLE_S = 0.05
@@ -157,7 +159,7 @@ class Pace:
         assert self.budget_s is not None
         return self.elapsed_s * parts / self.budget_s
 
-    def header(self, rank: int, tally: Tally, weight: float, is_sick: bool, round_s: float, parts: int) -> Tensor:
+    def header(self, rank: int, tally: Tally, weight: float, health: Health, round_s: float, parts: int) -> Tensor:
         """This rank's table for the next round; valid until the next call.
 
         round_s, parts: how long the latest round's vector took, and how many fragments there were then.
@@ -168,7 +170,7 @@ class Pace:
         # communicator on a machine with more busy threads than cores waits milliseconds to have it back.
         table = self._header.numpy()
         table.fill(0.0)
-        table[rank] = header_row(tally, weight, is_sick, round_s, parts)
+        table[rank] = header_row(tally, weight, health, round_s, parts)
         return self._header
 
     def agree(self, outcome: Mean | Failure) -> None:
@@ -257,11 +259,13 @@ class Pace:
 
     def _agree_on_health(self, table: np.ndarray) -> None:
         sick = frozenset(table[:, Column.SICK].nonzero()[0].tolist())
-        self.sicknesses += [Sickness(rank, self.round) for rank in sorted(sick - self._was_sick)]
+        self.sicknesses += [
+            Sickness(rank, self.round, Health(int(table[rank, Column.SICK]))) for rank in sorted(sick - self._was_sick)
+        ]
         self._was_sick = sick
 
     def _reason_to_end(self, table: np.ndarray) -> End | None:
-        if not table[:, Column.WEIGHT].any():
+        if not table[:, Column.WEIGHT].any() and not (table[:, Column.SICK] == Health.RAN_AWAY).any():
             return End.DIVERGED
         if table[:, Column.STOP].any():
             self.checkpoint += 1

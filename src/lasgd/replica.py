@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from lasgd.algorithms.requests import Contribution, Failure, Mean
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.fences import fences_for
+from lasgd.health import DriftWatch, Health
 from lasgd.layout import Fragment, Layout, Section
 from lasgd.merge import Full, MergeRule
 from lasgd.tally import Tally
@@ -46,6 +47,9 @@ class Holding(Enum):
     REST = "z = x + r, shown already as far as x can show it"
     REPLACEMENT = "z = r, and x is to become r"
 
+
+SCRATCH = 1 << 18
+"""Elements at a time that a fragment's drift is computed from."""
 
 _UNSEEN = (Holding.CORRECTION, Holding.REPLACEMENT)
 
@@ -107,7 +111,7 @@ class Replica:
         self.tally = tally
         self.fences = fences_for(self.layout.device)
         self.on_recovery: Callable[[], None] = lambda: None
-        """Called by the training thread when it has adopted the others' mean after holding NaN or Inf."""
+        """Called by the training thread when it has adopted the others' mean after it was sick."""
         self.deferred_merges = 0
         self._rule = rule or Full()
         self._lock = threading.Lock()
@@ -117,7 +121,9 @@ class Replica:
         """Fragments of whose parameters `_latest` holds the mean; written with it, under `_lock`."""
         self._extremes = tuple(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device) for _ in range(2))
         self._arrived: list[int] = []
-        self._to_adopt: set[int] = set()  # fragments that a rank with NaN or Inf has yet to take from the others
+        self._to_adopt: set[int] = set()  # fragments that a sick rank has yet to take from the others
+        self._health = Health.WELL
+        self._watch = DriftWatch()
         self._is_recovering = False
         self._is_frozen = False
         self._sent_step = 0  # local steps at the latest snapshot: there is one round at a time
@@ -135,7 +141,7 @@ class Replica:
 
     @torch.no_grad()
     def snapshot(self, fragment: Fragment) -> Contribution:
-        """s = z of one fragment, a copy; zeros of weight 0 where this rank has nothing finite to offer.
+        """s = z of one fragment, a copy; zeros of weight 0 where this rank holds NaN or Inf or has run away.
 
         Never waits for the training thread's step: see the module's proof.
         """
@@ -157,8 +163,8 @@ class Replica:
                 self._sent_step = self.tally.local_steps
             if holding is Holding.EMPTY:
                 window.copy_parts(window.sent_views)
-            if not self._to_adopt and not self._is_finite(window.sent):
-                self._to_adopt = set(range(len(self.fragments)))
+            if not self._to_adopt:
+                self._examine(window)
             if self._to_adopt:
                 window.sent.zero_()
             values = self._to_host(window)
@@ -169,9 +175,12 @@ class Replica:
         """r <- r + (m - s) + momentum (m - m'), m' the mean before; a rank of weight 0 takes m in place of r + (m - s).
 
         Where m' is not known yet, as in the first round, there is no momentum; buffers have none. A Failure changes
-        nothing.
+        nothing. Where no rank had a weight, one that has run away goes on after all: all have alike.
         """
-        if isinstance(outcome, Failure) or outcome.values is None:
+        if isinstance(outcome, Failure):
+            return
+        if outcome.values is None:
+            self._take_back()
             return
         window, index = self._windows[fragment.index], fragment.index
         with self.fences.communicating():
@@ -215,8 +224,41 @@ class Replica:
         latest.copy_(mean)
         self._known.add(index)
 
+    def _examine(self, window: _Window) -> None:
+        """Sits out from here on if what is to be sent is not finite, or too far from where it was."""
+        if not self._is_finite(window.sent):
+            self._health = Health.NOT_FINITE
+        elif self._latest is None or self._is_frozen:  # of the end there may be no way back for all alike
+            return
+        elif self._watch.grew_too_much(window.fragment.index, self._drift(window), self._sent_step):
+            self._health = Health.RAN_AWAY
+        else:
+            return
+        self._watch.forget()
+        self._to_adopt = set(range(len(self.fragments)))
+
+    def _drift(self, window: _Window) -> float:
+        """|s - m'| of the parameters, m' the mean before; NaN where that is not known."""
+        assert self._latest is not None, "made without keeps_mean"
+        if window.fragment.index not in self._known:
+            return math.nan
+        begin, length = window.fragment.begin, self._scratch.numel()
+        squares = 0.0
+        for at in range(0, window.parameter_end, length):
+            end = min(at + length, window.parameter_end)
+            part = torch.sub(window.sent[at:end], self._latest[begin + at : begin + end], out=self._scratch[: end - at])
+            squares = squares + torch.dot(part, part)
+        return math.sqrt(squares)
+
+    def _take_back(self) -> None:
+        if self._health is not Health.RAN_AWAY:
+            return
+        with self._lock:
+            self._to_adopt.clear()
+            self._arrived = [index for index, holding in enumerate(self._holding) if holding in _UNSEEN]
+
     def presence(self) -> Contribution:
-        """Nothing but this rank's weight: 0 while it sits out with NaN or Inf. For rounds of the header alone."""
+        """Nothing but this rank's weight: 0 while it sits out. For rounds of the header alone."""
         return Contribution(self._buffer[:0], weight=float(not self._to_adopt))
 
     @torch.no_grad()
@@ -405,6 +447,11 @@ class Replica:
             self._known = set() if bool(latest.isnan().all()) else set(range(len(self.fragments)))
             self.fences.merged()
 
+    def sit_out(self) -> None:
+        """Takes the others' mean for a cycle, as when it was stored; before the first round only."""
+        self._health = Health.RAN_AWAY
+        self._to_adopt = set(range(len(self.fragments)))
+
     @property
     def keeps_mean(self) -> bool:
         """Corrections may have momentum."""
@@ -417,8 +464,13 @@ class Replica:
 
     @property
     def is_sitting_out(self) -> bool:
-        """This rank holds NaN or Inf and takes the others' mean, one cycle of fragments long."""
+        """This rank takes the others' mean, one cycle of fragments long."""
         return bool(self._to_adopt)
+
+    @property
+    def health(self) -> Health:
+        """Why it is sitting out, if it is."""
+        return self._health if self._to_adopt else Health.WELL
 
     # Cutting
 
@@ -430,6 +482,7 @@ class Replica:
         self._buffer = torch.empty(largest, dtype=self.layout.dtype, device=self.layout.device)
         self._host = None if on_host else self.fences.host_buffer(largest, self.layout.dtype)
         self._arriving = None if on_host else torch.empty_like(self._buffer)
+        self._scratch = self._buffer.new_empty(0 if self._latest is None else min(largest, SCRATCH))
         self._windows = [_Window(fragment, self._residual, self._buffer) for fragment in self.fragments]
         self._holding = [Holding.EMPTY] * len(self.fragments)
         self._snapshot_step = [0] * len(self.fragments)
@@ -449,6 +502,7 @@ class Replica:
             knows_all = len(self._known) == len(self.fragments)
             self._cut(fragments)
             self._known = set(range(len(self.fragments))) if knows_all else set()
+            self._watch.cut_anew([old for old, _, _ in before], self.fragments)
             self._turn = 0
             self._arrived = []
             for index, fragment in enumerate(self.fragments):

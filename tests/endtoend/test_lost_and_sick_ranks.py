@@ -120,7 +120,10 @@ def uneven(num_classes):
 
 
 class Sick(Net):
-    """On the ranks in SICK its weights turn NaN with the 20th training batch, and with every later one in INCURABLE."""
+    """On the ranks in SICK its weights turn NaN with the 20th training batch, and with every later one in INCURABLE.
+
+    With FACTOR given they are multiplied by it instead.
+    """
 
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -131,7 +134,7 @@ class Sick(Net):
         falls_ill = self.batches == 20 or ("INCURABLE" in os.environ and self.batches > 20)
         if self.training and falls_ill and os.environ["RANK"] in os.environ["SICK"]:
             with torch.no_grad():
-                self[1].weight.fill_(torch.nan)
+                self[1].weight.mul_(float(os.environ.get("FACTOR", "nan")))
         return super().forward(images)
 '''
 
@@ -162,6 +165,17 @@ def test_nan_on_one_rank_is_reported_and_the_run_finishes(models):
     record = finished(models / "run")
     assert {event.rank for event in record.health} == {1}
     assert "rank 1 held NaN or Inf at round" in ranks.said(0)
+    assert record.final is not None
+    assert record.final.top1 is not None
+    assert record.final.top1 > 0.5
+
+
+def test_a_rank_that_runs_away_is_reported_and_the_run_finishes(models):
+    with running(Ranks(*SICK, "--fragments", "4", cwd=models, SICK="1", FACTOR="10000")) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    record = finished(models / "run")
+    assert {(event.rank, event.found) for event in record.health} == {(1, "ran_away")}
+    assert "rank 1 ran away from the mean at round" in ranks.said(0)
     assert record.final is not None
     assert record.final.top1 is not None
     assert record.final.top1 > 0.5

@@ -118,7 +118,7 @@ def test_a_failed_run_is_a_warning_with_its_reason_and_in_the_table_of_runs(tmp_
     [
         ({"padding_overrun": 0.034}, "a, fast: in 1 of 1 run up to 3.4 % of the steps outlasted their padding"),
         ({"replicas_identical": False}, "a, fast: in 1 of 1 run the replicas differ at the end."),
-        ({"health": [{"rank": 0, "round": 3}]}, "a, fast: ranks held NaN or Inf 1 time"),
+        ({"health": [{"rank": 0, "round": 3}]}, "a, fast: ranks held NaN or Inf, or ran away, 1 time"),
     ],
 )
 def test_what_speaks_against_a_run_is_said(tmp_path, how, said):

@@ -427,6 +427,19 @@ def test_a_resumed_rank_goes_on_with_the_momentum_of_rank_0s_mean():
     assert resumed == [[1.0, 0.5], [1.0, 0.5]]
 
 
+def test_a_rank_that_sat_out_when_it_was_stored_sits_out_when_it_goes_on():
+    before, _ = attach(Point([0.0, 0.0]), Network(1, deliver_at_once=True).group(0))
+    before.replica.sit_out()
+    state = before.state_dict()
+    assert not is_healthy({"averaging": state})
+    after, _ = attach(Point([0.0, 0.0]), Network(1, deliver_at_once=True).group(0))
+    assert not after.replica.is_sitting_out
+    after.load_state_dict(state)
+    assert after.replica.is_sitting_out
+    for averaging in (before, after):
+        averaging.close("test over")
+
+
 # Closing
 
 

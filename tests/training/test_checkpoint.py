@@ -190,7 +190,7 @@ def test_a_part_is_healthy_where_all_that_training_goes_on_with_is_finite():
     momentum = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     state = {"model": {"w": torch.ones(2), "n": torch.tensor(3)}, "optimizer": momentum, "averaging": {}}
     assert is_healthy(state)
-    assert not is_healthy(state | {"is_sitting_out": True})
+    assert not is_healthy(state | {"averaging": {"is_sitting_out": True}})
     assert not is_healthy(state | {"model": {"w": torch.tensor([1.0, torch.nan])}})
     assert not is_healthy(state | {"averaging": {"residual": torch.tensor(torch.inf, dtype=torch.bfloat16)}})
     assert is_healthy(state | {"averaging": {"latest_mean": torch.full((2,), torch.nan)}}), "no mean so far"

@@ -181,6 +181,14 @@ def test_warnings_name_sick_ranks_skipped_images_and_differing_replicas():
     assert warnings(run(algorithm="independent", replicas_identical=False)) == []
 
 
+def test_warnings_tell_a_rank_that_ran_away_from_one_that_held_nan():
+    found = warnings(run(health=[{"rank": 2, "round": 17, "found": "ran_away"}, {"rank": 1, "round": 3}]))
+    assert found == [
+        "rank 2 ran away from the mean at round 17: took the mean",
+        "rank 1 held NaN or Inf at round 3: took the mean",
+    ]
+
+
 def test_the_summary_of_a_simulated_run_tells_its_network_and_its_steps():
     text = summary(virtual_s=50.0, condition="fast", settings={"network": "20mbit,latency=5ms", "compute": None})
     assert "20mbit,latency=5ms" in text and "compute" not in text

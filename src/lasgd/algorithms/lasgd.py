@@ -20,7 +20,7 @@ rank's noise goes a tenth of the way before it is averaged. `lasgd train` has 0.
 M. Rabbat, "SlowMo" (2020), arXiv 1910.00643, for ranks that wait for the mean.
 
 Differences with the paper, of which only the abstract is public to us: averaging by fragments (one fragment is the
-paper's whole vector), momentum of the mean, the agreed pace and end, the health rule.
+paper's whole vector), momentum of the mean, the agreed pace and end, the health rule for NaN and for runaways.
 """
 
 from __future__ import annotations

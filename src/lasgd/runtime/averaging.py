@@ -537,6 +537,7 @@ class Averaging:
             "evaluation": self.pace.evaluation,
             "layout": self.replica.layout.digest(),
             "residual": residual,
+            "is_sitting_out": self.replica.is_sitting_out,
             **({} if latest is None else {"latest_mean": latest}),
         }
 
@@ -568,6 +569,8 @@ class Averaging:
                 self._coded.load(latest)
             if self.replica.keeps_mean:
                 self.replica.load_latest_mean(latest)
+        if state.get("is_sitting_out"):
+            self.replica.sit_out()
         elapsed_s = state.get("elapsed_s", 0.0)
         self.tally.resume(state["local_steps"], state["samples"], state["checkpoint"], elapsed_s)
         self._replicas_delivered = state["evaluation"]

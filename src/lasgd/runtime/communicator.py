@@ -25,6 +25,7 @@ from lasgd.algorithms.requests import (
 )
 from lasgd.errors import ConfigurationError, DivergenceError, LasgdError, PeerError, ProtocolError
 from lasgd.group.base import Group, GroupWithPieces, Lane
+from lasgd.health import Health
 from lasgd.pace import Column, End, Pace
 from lasgd.replica import Replica
 from lasgd.runtime.means import MeanKeeper
@@ -216,7 +217,7 @@ class Communicator(threading.Thread):
             self._group.rank,
             replica.tally,
             sent.weight,
-            replica.is_sitting_out or sent.weight == 0,
+            replica.health if sent.weight else replica.health or Health.NOT_FINITE,
             self._round_s,
             self._round_parts,
         )

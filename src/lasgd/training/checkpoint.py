@@ -165,7 +165,7 @@ def is_healthy(state: Mapping[str, Any]) -> bool:
     if latest is not None and bool(latest.isnan().all()):  # no mean so far, and no sickness: Replica.wait_latest_mean
         del averaging["latest_mean"]
     trained = (state.get("model"), state.get("optimizer"), averaging)
-    return not state.get("is_sitting_out") and all(map(_is_finite, trained))
+    return not averaging.get("is_sitting_out") and all(map(_is_finite, trained))
 
 
 def _is_finite(state: Any) -> bool:

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lasgd.health import Health
 from lasgd.training.room import LEAST_ROOM, Room, room_of
 
 OVERRUN_LIMIT = 0.02
@@ -277,7 +278,7 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         found.append("the replicas differ at the end, which must not happen: please report it.")
     found += _first(
         [
-            f"rank {event['rank']} held NaN or Inf at round {event['round']}: took the mean"
+            f"rank {event['rank']} {_said(event)} at round {event['round']}: took the mean"
             for event in run.get("health", ())
         ],
         "health",
@@ -288,6 +289,10 @@ def warnings(run: Mapping[str, Any]) -> list[str]:
         images = "image" if len(skipped) == 1 else "images"
         found.append(f"{len(skipped):,} {images} could not be decoded and skipped: {named}")
     return found + _first(run.get("notes") or (), "notes")
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    return Health[event.get("found", Health.NOT_FINITE.name).upper()].said
 
 
 def _of_little(room: Room, settings: Mapping[str, Any]) -> str:

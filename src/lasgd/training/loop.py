@@ -133,7 +133,6 @@ class Trainer:
             "model": copied(self._model.state_dict()),
             "optimizer": copied(self._optimizer.state_dict()),
             "averaging": self._averaging.state_dict(),
-            "is_sitting_out": self._averaging.replica.is_sitting_out,
             "torch_rng": torch.get_rng_state(),
         }
         durable = self._averaging.pace.durable_checkpoint
@@ -164,7 +163,9 @@ class Trainer:
         pace, tally = self._averaging.pace, self._averaging.tally
         for sickness in pace.sicknesses[self._reported_sicknesses :]:
             self._reported_sicknesses += 1
-            self._notes.lines.append(f"rank {sickness.rank} held NaN or Inf at round {sickness.round}: takes the mean")
+            self._notes.lines.append(
+                f"rank {sickness.rank} {sickness.found.said} at round {sickness.round}: takes the mean"
+            )
         wall_s = now_s - (self._averaging.first_step_s or now_s)
         rate = (pace.samples - self._samples_before) / wall_s if wall_s and pace.samples else None
         self._show(

@@ -172,7 +172,12 @@ class Results:
             padding_overrun=sum(report.overruns for report in reports) / padded if padded else 0.0,
             fragments=self.fragments,
             ranks=[report.record for report in reports],
-            health=[HealthEvent(rank=event.rank, round=event.round) for event in self.pace.sicknesses],
+            health=[
+                HealthEvent.model_validate(
+                    {"rank": event.rank, "round": event.round, "found": event.found.name.lower()}
+                )
+                for event in self.pace.sicknesses
+            ],
             skipped_images=list(skipped),
             notes=notes,
             resumed_from_samples=self.before.samples,

@@ -108,7 +108,8 @@ def _own_part(stored: Checkpoints, number: int) -> tuple[dict[str, Any], dict[st
         return {}, {"trouble": str(error)}
     averaging = state["averaging"]
     word = {key: averaging[key] for key in ("samples", "round", "evaluation", "elapsed_s")}
-    return state, word | {"trouble": "" if is_healthy(state) else f"rank {stored.rank} held NaN or Inf"}
+    found = "sat out" if averaging.get("is_sitting_out") else "held NaN or Inf"
+    return state, word | {"trouble": "" if is_healthy(state) else f"rank {stored.rank} {found}"}
 
 
 def _is_readable(word: dict[str, Any]) -> bool:

@@ -76,10 +76,11 @@ class RankRecord(_Record):
 
 
 class HealthEvent(_Record):
-    """A rank that held NaN or Inf, and the round in which it took the mean instead."""
+    """A rank that held NaN or Inf or had run away, and the round in which it took the mean instead."""
 
     rank: int
     round: int
+    found: Literal["not_finite", "ran_away"] = "not_finite"
 
 
 class RunRecord(_Record):

@@ -335,7 +335,7 @@ class Cluster:
 
     def _join(self, process: Process, request: AllReduceMean) -> Waiting:
         index, now_s, replica, sent = process.index, self.clock.now_s, process.rank.replica, request.sent
-        row = header_row(process.tally, sent.weight, replica.is_sitting_out, process.round_s, process.round_parts)
+        row = header_row(process.tally, sent.weight, replica.health, process.round_s, process.round_parts)
         _ROW.pack_into(self._rows, index * _ROW.size, *row)
         process.round_parts = len(replica.fragments)
         process.request, process.joined_s = request, now_s

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lasgd.algorithms.requests import Contribution, Failure, Mean
+from lasgd.health import Health
 from lasgd.tally import Tally
 
 
@@ -88,7 +89,7 @@ class TimingReplica:
         "tally",
     )
 
-    is_sitting_out = False
+    health = Health.WELL
 
     def __init__(self, vector: Vector, tally: Tally, fragments: int = 1):
         self.tally = tally

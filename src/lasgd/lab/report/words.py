@@ -117,7 +117,7 @@ def _doubts_of(source: Source, condition: str, label: str) -> Iterator[str]:
         yield f"{where}: in {len(differing)} of {_counted(len(runs), 'run')} the replicas differ at the end."
     sick = sum(run.figures.get("health") or 0 for run in runs)
     if sick:
-        yield f"{where}: ranks held NaN or Inf {_counted(sick, 'time')}, and took the mean."
+        yield f"{where}: ranks held NaN or Inf, or ran away, {_counted(sick, 'time')}, and took the mean."
 
 
 def _overruns(runs: Iterable[Run]) -> list[float]:
