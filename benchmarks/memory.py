@@ -5,10 +5,11 @@ which differ between the ranks: activations would blur the memory, and correctio
 
     extra bytes      resident set, stepping with averaging minus alone          <= (1 + 2/F) parameter bytes + 16 MB
                      the same with momentum of the mean, which keeps a mean      <= (2 + 2/F) parameter bytes + 16 MB
+                     and with averages in int8                                   <= 3 parameter bytes + 16 MB
     step boundaries  all time in lasgd's optimizer hooks per cycle of fragments  <= 2 plain copies of the parameters
     allocation       tensors made per round after the first cycle; growth of the resident set
 
-    python benchmarks/memory.py              F = 1 and 5, and 4 with momentum of the mean, about 8 minutes
+    python benchmarks/memory.py              F = 1 and 5, and 4 with momentum of the mean, about 10 minutes
     python benchmarks/memory.py --quick      does it work?
 """
 
@@ -43,6 +44,8 @@ MB = 1_000_000
 RANKS = 2
 ALLOWANCE_BYTES = 16 * MB
 COPIES = 2.0
+COARSE_COPIES = 3.0
+"""Of extra memory with averages in a coarse format, whose codes and pieces come on top."""
 SMALL_BYTES = 1024
 """Scalars, such as the result of a test for NaN, are no burden; a tensor above this size counts as an allocation."""
 GROWTH_BYTES = 10 * MB
@@ -56,21 +59,30 @@ class Cell:
 
     fragments: int
     outer_momentum: float = 0.0
+    wire: str = "fp32"
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """`F`, or `F:outer momentum`."""
-        fragments, _, outer = text.partition(":")
-        return cls(int(fragments), float(outer or 0))
+        """`F`, `F:outer momentum`, or `F:outer momentum:wire format`."""
+        fragments, *more = text.split(":")
+        return cls(int(fragments), *(convert(word) for convert, word in zip((float, str), more, strict=False)))
 
     @property
     def name(self) -> str:
         """In words."""
-        return f"F = {self.fragments}" + (f", momentum of the mean {self.outer_momentum:g}" * bool(self.outer_momentum))
+        momentum = f", momentum of the mean {self.outer_momentum:g}" if self.outer_momentum else ""
+        return f"F = {self.fragments}{momentum}" + (f", {self.wire}" if self.is_coarse else "")
+
+    @property
+    def is_coarse(self) -> bool:
+        """Averages travel in fewer bytes."""
+        return self.wire != "fp32"
 
     @property
     def allowed_copies(self) -> float:
         """Of extra memory, in copies of the parameters, without the allowance."""
+        if self.is_coarse:
+            return COARSE_COPIES
         return (2 if self.outer_momentum else 1) + 2 / self.fragments
 
 
@@ -197,6 +209,7 @@ def rank_main(rank: int, cell: Cell, rounds: int, cycles: int, seed: int, folder
         samples=10**12,
         batch_size=1,
         fragments=cell.fragments,
+        wire=cell.wire,
         algorithm_settings={"outer_momentum": cell.outer_momentum},
         timeout_s=300.0,
         group=group,
@@ -299,11 +312,13 @@ def judge(cell: Cell, figures: dict[str, Any]) -> list[Bar]:
     allowed = cell.allowed_copies * figures["parameter_bytes"] + ALLOWANCE_BYTES
     extra = max(figures["extra_bytes"]["rss"], figures["extra_tensor_bytes"])
     growth = figures["growth_bytes"]["rss"]
-    per_round = figures["allocated_per_round"]
+    made = figures["allocated_per_round"]["largest_bytes"]
+    # Encoding makes scales, one for a thousand elements.
+    without_allocation = Bar(f"{name}: largest tensor made per round", made, at_most=SMALL_BYTES, unit=" bytes")
     return [
         Bar(f"{name}: extra memory", round(extra / MB, 1), at_most=round(allowed / MB, 1), unit=" MB"),
         Bar(f"{name}: step boundaries per cycle", figures["boundary_in_copies"], at_most=COPIES, unit=" copies"),
-        Bar(f"{name}: largest tensor made per round", per_round["largest_bytes"], at_most=SMALL_BYTES, unit=" bytes"),
+        *(() if cell.is_coarse else (without_allocation,)),
         Bar(
             f"{name}: growth over {figures['rounds']} rounds",
             round(growth / MB, 2),
@@ -342,8 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments_for("memory", __doc__)
     parser.add_argument(
         "--fragments",
-        default="1,5,4:0.8",
-        help="numbers of fragments, each with the momentum of the mean after a colon or without; default %(default)s",
+        default="1,5,4:0.8,4:0.8:int8",
+        help="numbers of fragments, each with the momentum of the mean after a colon or without, and after another one "
+        "the wire format; default %(default)s",
     )
     parser.add_argument("--rounds", type=int, help="rounds over which growth is measured; default 200")
     arguments = parser.parse_args(argv)

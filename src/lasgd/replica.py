@@ -117,6 +117,8 @@ class Replica:
         self._lock = threading.Lock()
         self._residual = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
         self._latest = torch.zeros_like(self._residual) if keeps_mean else None
+        self._before: Tensor | None = None
+        """m' of the fragment on its way, where whoever makes the means overwrites it: see `share_mean`."""
         self._known: set[int] = set()
         """Fragments of whose parameters `_latest` holds the mean; written with it, under `_lock`."""
         self._extremes = tuple(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device) for _ in range(2))
@@ -167,6 +169,8 @@ class Replica:
                 self._examine(window)
             if self._to_adopt:
                 window.sent.zero_()
+            if self._before is not None:
+                self._before[: window.parameter_end].copy_(self._latest_of(window))
             values = self._to_host(window)
         return Contribution(values, weight=0.0 if self._to_adopt else 1.0, begin=fragment.begin)
 
@@ -216,13 +220,18 @@ class Replica:
             self.fences.wait_copied()
 
     def _add_momentum(self, window: _Window, mean: Tensor, momentum: float) -> None:
-        assert self._latest is not None, "made without keeps_mean"
-        begin, index = window.fragment.begin, window.fragment.index
-        latest = self._latest[begin : begin + window.parameter_end]
+        latest, index = self._latest_of(window), window.fragment.index
+        before = latest if self._before is None else self._before[: window.parameter_end]
         if index in self._known:
-            window.residual_parameters.add_(mean, alpha=momentum).sub_(latest, alpha=momentum)
-        latest.copy_(mean)
+            window.residual_parameters.add_(mean, alpha=momentum).sub_(before, alpha=momentum)
+        if self._before is None:
+            latest.copy_(mean)
         self._known.add(index)
+
+    def _latest_of(self, window: _Window) -> Tensor:
+        assert self._latest is not None, "made without keeps_mean"
+        begin = window.fragment.begin
+        return self._latest[begin : begin + window.parameter_end]
 
     def _examine(self, window: _Window) -> None:
         """Sits out from here on if what is to be sent is not finite, or too far from where it was."""
@@ -239,14 +248,13 @@ class Replica:
 
     def _drift(self, window: _Window) -> float:
         """|s - m'| of the parameters, m' the mean before; NaN where that is not known."""
-        assert self._latest is not None, "made without keeps_mean"
         if window.fragment.index not in self._known:
             return math.nan
-        begin, length = window.fragment.begin, self._scratch.numel()
+        latest, length = self._latest_of(window), self._scratch.numel()
         squares = 0.0
         for at in range(0, window.parameter_end, length):
             end = min(at + length, window.parameter_end)
-            part = torch.sub(window.sent[at:end], self._latest[begin + at : begin + end], out=self._scratch[: end - at])
+            part = torch.sub(window.sent[at:end], latest[at:end], out=self._scratch[: end - at])
             squares = squares + torch.dot(part, part)
         return math.sqrt(squares)
 
@@ -438,6 +446,17 @@ class Replica:
         finally:
             self._lock.release()
 
+    def share_mean(self, latest: Tensor) -> None:
+        """Takes (D,) for the latest mean, which whoever makes the means keeps and changes: one copy serves both.
+
+        It may be changed between `snapshot` and `correct` of a fragment, and there only. On the CPU; before the first
+        round.
+        """
+        assert self._latest is not None, "made without keeps_mean"
+        assert latest.device == self._latest.device
+        self._latest = latest
+        self._before = torch.empty_like(self._buffer)
+
     def load_latest_mean(self, latest: Tensor) -> None:
         """Takes over what `wait_latest_mean` has given, the same on all ranks; before the first round only."""
         assert self._latest is not None, "made without keeps_mean"
@@ -482,6 +501,7 @@ class Replica:
         self._buffer = torch.empty(largest, dtype=self.layout.dtype, device=self.layout.device)
         self._host = None if on_host else self.fences.host_buffer(largest, self.layout.dtype)
         self._arriving = None if on_host else torch.empty_like(self._buffer)
+        self._before = None if self._before is None else torch.empty_like(self._buffer)
         self._scratch = self._buffer.new_empty(0 if self._latest is None else min(largest, SCRATCH))
         self._windows = [_Window(fragment, self._residual, self._buffer) for fragment in self.fragments]
         self._holding = [Holding.EMPTY] * len(self.fragments)

@@ -160,3 +160,27 @@ def test_momentum_of_both_that_nobody_means_is_refused():
     registry.find("lasgd", {"outer_momentum": 0.98}).check_momentum(0.5)  # 0.99, shared out
     registry.find("lasgd").check_momentum(0.99)
     registry.find("diloco").check_momentum(0.9)
+
+
+def test_a_mean_that_is_shared_with_its_maker_gives_the_same_momentum_also_when_cut_anew():
+    draw = torch.Generator().manual_seed(0)
+    alone, sharing = replica_with([0.0] * 6, fragments=2), replica_with([0.0] * 6, fragments=2)
+    made = torch.zeros(6, dtype=torch.float64)
+    sharing.share_mean(made)
+    for cycle in range(12):
+        fragments = 2 if cycle < 5 else 3
+        for _ in range(fragments):
+            means = torch.randn(6, generator=draw, dtype=torch.float64)
+            for replica in (alone, sharing):
+                fragment = replica.next_fragment(fragments)
+                sent = replica.snapshot(fragment)
+                part = slice(fragment.begin, fragment.end)
+                if replica is sharing:
+                    made[part].copy_(means[part])  # as its maker does: before the correction, where it lies
+                    replica.correct(fragment, sent, Mean(made[part]), 0.5)
+                else:
+                    replica.correct(fragment, sent, Mean(means[part].clone()), 0.5)
+                replica.merge()
+        assert x_of(sharing) == x_of(alone)
+        assert torch.equal(sharing.wait_latest_mean(1.0), alone.wait_latest_mean(1.0))
+    assert any(abs(value) > 0.1 for value in x_of(alone))

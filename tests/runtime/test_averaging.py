@@ -427,6 +427,16 @@ def test_a_resumed_rank_goes_on_with_the_momentum_of_rank_0s_mean():
     assert resumed == [[1.0, 0.5], [1.0, 0.5]]
 
 
+def test_momentum_of_coarse_averages_keeps_one_copy_of_the_mean_for_both():
+    settings = {"algorithm_settings": {"outer_momentum": 0.8}}
+    network = Network(1, deliver_at_once=True)
+    averaging, _ = attach(Point([1.0] * 300), network.group(0), wire="int8", **settings)
+    averaging.replica.load_latest_mean(torch.full((300,), 7.0))
+    averaging._coded.load(torch.full((300,), 9.0))
+    averaging.close("test over")
+    assert averaging.replica.wait_latest_mean(1.0).tolist() == [9.0] * 300
+
+
 def test_a_rank_that_sat_out_when_it_was_stored_sits_out_when_it_goes_on():
     before, _ = attach(Point([0.0, 0.0]), Network(1, deliver_at_once=True).group(0))
     before.replica.sit_out()

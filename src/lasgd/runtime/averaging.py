@@ -94,6 +94,8 @@ class Averaging:
         if wire is not None:
             position = group.members.index(group.rank)
             self._coded = CodedMean(wire, position, len(group.members), replica.parameters())
+            if replica.keeps_mean and replica.layout.device.type == "cpu":
+                replica.share_mean(self._coded.latest)
         self._communicator = Communicator(
             algorithm.communicate(replica, pace) if algorithm.communicate else None,
             group,
