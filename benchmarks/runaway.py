@@ -104,6 +104,7 @@ class Growth:
 
 def watched(work: Cell | Run) -> Growth:
     """Runs one, in a process that may be used for others after it."""
+    torch.set_num_threads(1)  # an evaluation before this has taken all cores
     Watches.made.clear()
     lasgd.replica.DriftWatch = Watches
     if isinstance(work, Cell):
@@ -134,6 +135,7 @@ def simulated(cell: Cell) -> str:
 
 def trained_blindly(run: Run) -> float | None:
     """`trained` without the watch."""
+    torch.set_num_threads(1)
     lasgd.replica.DriftWatch = Blind
     return trained(Language.of_seed(0), run)
 
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     works = cells(["digits", *([arguments.data] if arguments.data else [])], arguments.quick)
     settings: dict[str, Any] = {"quick": arguments.quick, "growth": GROWTH, "ranks": 4}
     report = Report("runaway", run_card(settings, [0, RUNAWAY.seed]))
-    with ProcessPoolExecutor(usable_cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(usable_cores(), get_context("spawn")) as pool:
         records = []
         for growth in pool.map(watched, works):
             records.append(growth)
