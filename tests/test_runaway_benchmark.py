@@ -28,9 +28,9 @@ def test_both_kinds_of_runs_are_watched():
 
     simulated = watched(Cell("digits", "fast", batch_size=8, samples=600))
     assert simulated.run == "digits, cnn4, batches of 8, fast"
-    assert simulated.result.startswith("top-1 ")
+    assert 0 < simulated.loss < 3
     trained = watched(Run("sgd", 0.1, "momentum shared out", "delay 1", 0, 1500))
-    assert trained.run == "characters, sgd, delay 1"
+    assert trained.run == "characters, sgd, delay 1, 1,500 samples, seed 0"
     for growth in (simulated, trained):
         assert 0 < growth.growth < math.inf
         assert growth.found == 0
@@ -56,4 +56,10 @@ def test_a_command_that_fails_says_why():
 def test_the_table_has_a_line_for_every_run():
     from runaway import Growth, table
 
-    assert table([Growth("a", "top-1 50.0%", 1.234, 0)]).splitlines()[-1] == "| a | top-1 50.0% | 1.23 | 0 |"
+    well, saved, hurt = Growth("a", 0.5, 1.234, 0), Growth("b", 0.5, 2.0, 1, None), Growth("c", 0.52, 2.0, 3, 0.5)
+    assert table([well, saved, hurt]).splitlines()[2:] == [
+        "| a | 1.23 | 0 | 0.5000 |  |",
+        "| b | 2.00 | 1 | 0.5000 | diverged |",
+        "| c | 2.00 | 3 | 0.5200 | 0.5000 |",
+    ]
+    assert [each.is_worse for each in (well, saved, hurt)] == [False, False, True]

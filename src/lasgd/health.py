@@ -32,9 +32,9 @@ class Health(IntEnum):
         }[self]
 
 
-GROWTH = 8.0
+GROWTH = 4.0
 """Drift per local step over what it was before, from which on a rank has run away. Steps, warm-ups and the changes of
-a network make far less of a difference: benchmarks/runaway.py measures how much."""
+a network make less of a difference: benchmarks/runaway.py measures how much."""
 
 KEPT = 0.9
 """Of the steps that a fragment's drift was taken by, and of the largest it has been, from one cycle to the next."""
