@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-from lasgd.layout import Fragment
+if TYPE_CHECKING:  # what shows a run's health must not load torch for it
+    from lasgd.layout import Fragment
 
 
 class Health(IntEnum):
