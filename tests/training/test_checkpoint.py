@@ -68,6 +68,30 @@ def test_a_rank_that_removes_the_folder_it_could_not_fill_costs_no_other_rank_it
     assert torch.equal(other.read(2)["model"]["weight"], STATE["model"]["weight"])
 
 
+def test_a_folder_that_is_gone_between_two_looks_at_it_is_made_again(tmp_path, monkeypatch):
+    checkpoints, is_dir, asked = Checkpoints(tmp_path, rank=0), Path.is_dir, []
+    checkpoints.part(2).parent.mkdir(parents=True)
+
+    def gone_by_now(path):  # mkdir asks where the folder exists
+        if path.name == "000002" and not asked:
+            asked.append(path)
+            path.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", gone_by_now)
+    checkpoints.write(2, STATE)
+    assert asked
+    assert torch.equal(checkpoints.read(2)["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_a_file_where_the_folder_should_be_is_named_as_that(tmp_path):
+    checkpoints = Checkpoints(tmp_path, rank=0)
+    checkpoints.part(2).parent.parent.mkdir(parents=True)
+    checkpoints.part(2).parent.write_text("in the way")
+    with pytest.raises(LasgdError, match="File exists"):
+        checkpoints.write(2, STATE)
+
+
 @pytest.mark.parametrize("refused", ["fsync", "replace"])
 def test_a_disk_that_refuses_at_the_last_moment_leaves_no_half_file(tmp_path, monkeypatch, refused):
     checkpoints = Checkpoints(tmp_path, rank=0)

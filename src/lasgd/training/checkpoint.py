@@ -9,8 +9,6 @@ all ranks have said, in the header, that they have the newer one on disk and it 
 
 from __future__ import annotations
 
-import errno
-import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -108,10 +106,15 @@ def _created(path: Path) -> BinaryIO:
     here. It does so once in a cut, so the attempts are as many as ranks can disturb.
     """
     for _ in range(_ATTEMPTS):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            return open(path, "wb")
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        # Gone between two looks at it, the folder makes mkdir say that it exists, and open that it does not.
+        with suppress(FileExistsError, FileNotFoundError):
+            return _opened(path)
+    return _opened(path)
+
+
+def _opened(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "wb")
 
 
 def _check_sums(path: Path) -> None:
