@@ -184,3 +184,22 @@ def test_one_that_sat_out_when_it_was_stored_sits_out_when_it_goes_on():
     for _ in range(3):
         ranks.round()
     assert not ranks.replicas[1].is_sitting_out
+
+
+def test_it_is_found_in_a_fragment_that_has_just_been_cut_out_of_others_too():
+    ranks = started(fragments=4)
+    for pace in ranks.paces:
+        pace.fragments = 8
+    for _ in range(5):
+        ranks.round()
+    move(ranks, 1, 1000 * GROWTH)
+    ranks.round()
+    assert len(ranks.replicas[1].fragments) == 8
+    assert ranks.replicas[1].health is Health.RAN_AWAY
+
+
+def test_a_rank_whose_steps_are_larger_from_now_on_sits_out_once():
+    ranks = started()
+    for _ in range(8):
+        cycle(ranks, [1.0, 30 * GROWTH, 1.0, 1.0])
+    assert [sickness.rank for sickness in ranks.paces[0].sicknesses if sickness.rank == 1] == [1]
