@@ -14,7 +14,7 @@ from lasgd.algorithms import registry
 
 ROOT = Path(lasgd.__file__).parent
 
-CORE = {"errors", "health", "layout", "merge", "tally", "fences", "pace", "replica", "wire"}
+CORE = {"errors", "health", "layout", "merge", "tally", "fences", "pace", "window", "latest_mean", "replica", "wire"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -27,7 +27,19 @@ MAY_IMPORT = {
     "layout": {"errors"},
     "health": {"layout"},
     "pace": {"algorithms.requests", "errors", "health", "tally"},
-    "replica": {"algorithms.requests", "errors", "fences", "health", "layout", "merge", "tally"},
+    "window": {"layout"},
+    "latest_mean": {"window"},
+    "replica": {
+        "algorithms.requests",
+        "errors",
+        "fences",
+        "health",
+        "latest_mean",
+        "layout",
+        "merge",
+        "tally",
+        "window",
+    },
     "algorithms": {"algorithms", "pace", "replica", "errors", "momentum"},
     "group": {"group", "errors"},
     "runtime": {"runtime", "group", "algorithms.registry", "algorithms.requests", *CORE},

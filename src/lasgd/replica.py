@@ -5,7 +5,7 @@ Two threads meet here, and nowhere else:
     thing                        written by                                    hands over
     model's tensors (x)          training thread                               never; the communicator only reads
     residual (r), `_holding`     communicator corrects, training thread shows  under `_lock`
-    latest mean, `_known`        communicator                                  copied under `_lock`, for checkpoints
+    latest mean                  communicator                                  copied under `_lock`, for checkpoints
     flat buffers of a round      communicator                                  never
 
 Why an unlocked, torn snapshot of x is harmless (design, section 1):
@@ -34,9 +34,11 @@ from lasgd.algorithms.requests import Contribution, Failure, Mean
 from lasgd.errors import ConfigurationError, PeerError
 from lasgd.fences import fences_for
 from lasgd.health import DriftWatch, Health
+from lasgd.latest_mean import LatestMean
 from lasgd.layout import Fragment, Layout, Section
 from lasgd.merge import Full, MergeRule
 from lasgd.tally import Tally
+from lasgd.window import Window
 
 
 class Holding(Enum):
@@ -48,47 +50,7 @@ class Holding(Enum):
     REPLACEMENT = "z = r, and x is to become r"
 
 
-SCRATCH = 1 << 18
-"""Elements at a time that a fragment's drift is computed from."""
-
 _UNSEEN = (Holding.CORRECTION, Holding.REPLACEMENT)
-
-
-class _Window:
-    """A fragment's views into the residual and the round's buffer, by section."""
-
-    def __init__(self, fragment: Fragment, residual: Tensor, buffer: Tensor):
-        self.fragment = fragment
-        self.residual = residual[fragment.begin : fragment.end]
-        self.sent = buffer[: fragment.size]
-        self.pieces = {s: [p for p in fragment.pieces if p.entry.section is s] for s in Section}
-        self.parameter_end = sum(p.end - p.begin for s in (Section.EXACT, Section.COARSE) for p in self.pieces[s])
-        self.exact_end = sum(p.end - p.begin for p in self.pieces[Section.EXACT])
-        self.has_buffers = self.parameter_end < fragment.size
-        self.residual_parameters, self.residual_buffers = self._split(self.residual)
-        self.sent_parameters, self.sent_buffers = self._split(self.sent)
-        self.residual_views = {s: self._views(residual, 0, s) for s in Section}
-        self.sent_views = {s: self._views(buffer, fragment.begin, s) for s in Section}
-
-    def _views(self, flat: Tensor, shift: int, section: Section) -> list[Tensor]:
-        return [flat[p.begin - shift : p.end - shift].view(p.live().shape) for p in self.pieces[section]]
-
-    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return values[: self.parameter_end], values[self.parameter_end :]
-
-    def live(self, section: Section) -> list[Tensor]:
-        """Views of the model's own tensors."""
-        return [piece.live() for piece in self.pieces[section]]
-
-    def copy_parts(self, into: dict[Section, list[Tensor]], sections=tuple(Section)) -> None:
-        for section in sections:
-            if self.pieces[section]:
-                torch._foreach_copy_(into[section], self.live(section))
-
-    def show_parts(self, out_of: dict[Section, list[Tensor]], sections=tuple(Section)) -> None:
-        for section in sections:
-            if self.pieces[section]:
-                torch._foreach_copy_(self.live(section), out_of[section])
 
 
 class Replica:
@@ -116,11 +78,7 @@ class Replica:
         self._rule = rule or Full()
         self._lock = threading.Lock()
         self._residual = torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
-        self._latest = torch.zeros_like(self._residual) if keeps_mean else None
-        self._before: Tensor | None = None
-        """m' of the fragment on its way, where whoever makes the means overwrites it: see `share_mean`."""
-        self._known: set[int] = set()
-        """Fragments of whose parameters `_latest` holds the mean; written with it, under `_lock`."""
+        self._latest = LatestMean(torch.zeros_like(self._residual)) if keeps_mean else None
         self._extremes = tuple(torch.zeros((), dtype=self.layout.dtype, device=self.layout.device) for _ in range(2))
         self._arrived: list[int] = []
         self._to_adopt: set[int] = set()  # fragments that a sick rank has yet to take from the others
@@ -169,8 +127,8 @@ class Replica:
                 self._examine(window)
             if self._to_adopt:
                 window.sent.zero_()
-            if self._before is not None:
-                self._before[: window.parameter_end].copy_(self._latest_of(window))
+            if self._latest is not None:
+                self._latest.note(window)
             values = self._to_host(window)
         return Contribution(values, weight=0.0 if self._to_adopt else 1.0, begin=fragment.begin)
 
@@ -215,48 +173,23 @@ class Replica:
                     if index not in self._arrived:
                         self._arrived.append(index)
                 if momentum:
-                    self._add_momentum(window, mean[: window.parameter_end], momentum)
+                    assert self._latest is not None, "made without keeps_mean"
+                    self._latest.add_momentum(window, mean[: window.parameter_end], momentum)
                 self.fences.corrected()
             self.fences.wait_copied()
 
-    def _add_momentum(self, window: _Window, mean: Tensor, momentum: float) -> None:
-        latest, index = self._latest_of(window), window.fragment.index
-        before = latest if self._before is None else self._before[: window.parameter_end]
-        if index in self._known:
-            window.residual_parameters.add_(mean, alpha=momentum).sub_(before, alpha=momentum)
-        if self._before is None:
-            latest.copy_(mean)
-        self._known.add(index)
-
-    def _latest_of(self, window: _Window) -> Tensor:
-        assert self._latest is not None, "made without keeps_mean"
-        begin = window.fragment.begin
-        return self._latest[begin : begin + window.parameter_end]
-
-    def _examine(self, window: _Window) -> None:
+    def _examine(self, window: Window) -> None:
         """Sits out from here on if what is to be sent is not finite, or too far from where it was."""
         if not self._is_finite(window.sent):
             self._health = Health.NOT_FINITE
         elif self._latest is None or self._is_frozen:  # of the end there may be no way back for all alike
             return
-        elif self._watch.grew_too_much(window.fragment.index, self._drift(window), self._sent_step):
+        elif self._watch.grew_too_much(window.fragment.index, self._latest.drift(window), self._sent_step):
             self._health = Health.RAN_AWAY
         else:
             return
         self._watch.forget()
         self._to_adopt = set(range(len(self.fragments)))
-
-    def _drift(self, window: _Window) -> float:
-        """|s - m'| of the parameters, m' the mean before; NaN where that is not known."""
-        if window.fragment.index not in self._known:
-            return math.nan
-        latest, length = self._latest_of(window), self._scratch.numel()
-        squares = 0.0
-        for at in range(0, window.parameter_end, length):
-            end = min(at + length, window.parameter_end)
-            part = torch.sub(window.sent[at:end], latest[at:end], out=self._scratch[: end - at])
-            squares = squares + torch.dot(part, part)
-        return math.sqrt(squares)
 
     def _take_back(self) -> None:
         if self._health is not Health.RAN_AWAY:
@@ -441,8 +374,7 @@ class Replica:
         self.tally.waited_s += time.monotonic() - begin_s
         try:
             self.fences.before_merge()
-            is_whole = len(self._known) == len(self.fragments)
-            return self._latest.to("cpu", copy=True) if is_whole else torch.full(self._latest.shape, math.nan)
+            return self._latest.copy()
         finally:
             self._lock.release()
 
@@ -453,17 +385,13 @@ class Replica:
         round.
         """
         assert self._latest is not None, "made without keeps_mean"
-        assert latest.device == self._latest.device
-        self._latest = latest
-        self._before = torch.empty_like(self._buffer)
+        self._latest.share(latest, self._buffer.numel())
 
     def load_latest_mean(self, latest: Tensor) -> None:
         """Takes over what `wait_latest_mean` has given, the same on all ranks; before the first round only."""
         assert self._latest is not None, "made without keeps_mean"
         with self._lock:
-            self._latest.copy_(latest)
-            # Buffers have no momentum, and whatever was there in their place.
-            self._known = set() if bool(latest.isnan().all()) else set(range(len(self.fragments)))
+            self._latest.load(latest)
             self.fences.merged()
 
     def sit_out(self) -> None:
@@ -501,9 +429,9 @@ class Replica:
         self._buffer = torch.empty(largest, dtype=self.layout.dtype, device=self.layout.device)
         self._host = None if on_host else self.fences.host_buffer(largest, self.layout.dtype)
         self._arriving = None if on_host else torch.empty_like(self._buffer)
-        self._before = None if self._before is None else torch.empty_like(self._buffer)
-        self._scratch = self._buffer.new_empty(0 if self._latest is None else min(largest, SCRATCH))
-        self._windows = [_Window(fragment, self._residual, self._buffer) for fragment in self.fragments]
+        self._windows = [Window(fragment, self._residual, self._buffer) for fragment in self.fragments]
+        if self._latest is not None:
+            self._latest.cut(len(self.fragments), largest)
         self._holding = [Holding.EMPTY] * len(self.fragments)
         self._snapshot_step = [0] * len(self.fragments)
         self._turn = len(self.fragments) - 1
@@ -519,9 +447,7 @@ class Replica:
                     window.residual[: window.parameter_end].zero_()
                 if holding in (Holding.EMPTY, Holding.REST):  # z of a buffer is x, and a new fragment may mix the two
                     window.copy_parts(window.residual_views, (Section.BUFFER,))
-            knows_all = len(self._known) == len(self.fragments)
             self._cut(fragments)
-            self._known = set(range(len(self.fragments))) if knows_all else set()
             self._watch.cut_anew([old for old, _, _ in before], self.fragments)
             self._turn = 0
             self._arrived = []
@@ -541,7 +467,7 @@ class Replica:
         torch.aminmax(values, out=self._extremes)
         return all(math.isfinite(extreme.item()) for extreme in self._extremes)
 
-    def _to_host(self, window: _Window) -> Tensor:
+    def _to_host(self, window: Window) -> Tensor:
         """What the window holds to be sent, in CPU memory."""
         if self._host is None:
             return window.sent

@@ -169,7 +169,7 @@ def test_without_momentum_of_the_mean_there_is_no_mean_to_measure_by():
 
 
 def test_a_large_fragment_is_measured_piece_by_piece(monkeypatch):
-    monkeypatch.setattr("lasgd.replica.SCRATCH", 3)
+    monkeypatch.setattr("lasgd.latest_mean.SCRATCH", 3)
     ranks = started(fragments=2)
     move(ranks, 1, 1000 * GROWTH)
     ranks.round()
