@@ -155,6 +155,8 @@ def test_momentum_of_both_that_nobody_means_is_refused():
     found = registry.find("lasgd", {"outer_momentum": 0.9})
     with pytest.raises(ConfigurationError, match="multiply: a gradient would move the mean 100 times"):
         found.check_momentum(0.9)
+    with pytest.raises(ConfigurationError, match=r"50 times as far as without \(limit 40\)"):
+        registry.find("lasgd", {"outer_momentum": 0.8}).check_momentum(0.9)
     found.check_momentum(0.5)
     found.check_momentum(0.0)
     registry.find("lasgd", {"outer_momentum": 0.98}).check_momentum(0.5)  # 0.99, shared out

@@ -33,8 +33,8 @@ Part = Callable[..., Generator[Request, Answer, None]]
 """(replica, pace) -> generator; in an algorithm with settings of its own, once they are bound."""
 
 
-MOST_TIMES = 50.0
-"""As far as momentum may stretch a gradient: 0.9 in one place is 10, in two places 100, which nobody means."""
+MOST_TIMES = 40.0
+"""As far as momentum may stretch a gradient: 0.9 in one place is 10, with 0.8 in the other 50, which nobody means."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Algorithm:
             raise ConfigurationError(
                 f"momentum {momentum:g} of the optimizer and outer momentum {outer:g} of the mean multiply: a gradient "
                 f"would move the mean {times:.0f} times as far as without (limit {MOST_TIMES:g}). Leave the optimizer "
-                "without momentum, with the same learning rate, or lower one of the two"
+                "without momentum, with the same learning rate, or lower one of the two; lasgd.momentum.shared_out says what "
+                "goes as far as one momentum alone"
             )
 
     @property

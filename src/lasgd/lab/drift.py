@@ -30,6 +30,8 @@ from torch import Tensor
 _X, _U, _R, _S, _M = range(5)
 _FROM, _TO, _PARTS = 1e-4, 4.0, 400
 """Of c, where its limit is looked for; no direction with c beyond 2 (1 + mu) <= 4 is stable without averaging."""
+_LEAST_SHRINKING = 1e-9
+"""Per cycle. What shrinks more slowly outlives any run, and noise adds up in it; and eigenvalues are no more exact."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,15 @@ class Cycle:
         return _spectral_radius(self._product(c))
 
     def limit(self) -> float:
-        """The least c at which differences grow without end, to 3 %; infinite if there is none below 4."""
+        """The least c at which differences grow, or do not shrink to speak of, to 3 %; infinite if none is below 4."""
         return _least_growing(self.growth)
 
     def variance(self, c: float) -> float:
         """Stationary, of x where gradients are taken, mean over a cycle's local steps, over (1 - 1/n) l^2 s^2.
 
-        Infinite where differences grow.
+        Infinite where differences grow, or do not shrink to speak of.
         """
-        if self.growth(c) >= 1:
+        if self.growth(c) > 1 - _LEAST_SHRINKING:
             return math.inf
         kick = torch.zeros(4, dtype=torch.float64)
         kick[_X], kick[_U] = -1.0, 1.0
@@ -138,7 +140,7 @@ def _spectral_radius(whole: Tensor) -> float:
 
 def _least_growing(growth: Callable[[float], float]) -> float:
     rates = torch.logspace(math.log10(_FROM), math.log10(_TO), _PARTS, dtype=torch.float64)
-    return next((c for c in rates.tolist() if growth(c) >= 1), math.inf)
+    return next((c for c in rates.tolist() if growth(c) > 1 - _LEAST_SHRINKING), math.inf)
 
 
 def variance_alone(c: float, momentum: float) -> float:
