@@ -90,8 +90,8 @@ class Algorithm:
             raise ConfigurationError(
                 f"momentum {momentum:g} of the optimizer and outer momentum {outer:g} of the mean multiply: a gradient "
                 f"would move the mean {times:.0f} times as far as without (limit {MOST_TIMES:g}). Leave the optimizer "
-                "without momentum, with the same learning rate, or lower one of the two; lasgd.momentum.shared_out says what "
-                "goes as far as one momentum alone"
+                "without momentum, with the same learning rate, or lower one of the two; lasgd.momentum.shared_out "
+                "says what goes as far as one momentum alone"
             )
 
     @property
