@@ -206,6 +206,7 @@ def test_ranks_that_share_workers_draw_what_they_would_draw_alone_in_any_order(w
         (["--compute", "trace=nowhere.csv"], "nowhere.csv"),
         (["--run", "somewhere"], "--run goes with --advise"),
         (["--advise", "--out", "somewhere"], "--out beside --advise"),
+        (["--advise", "--wire", "int8", "--model-bytes", "4MB"], "--wire beside --advise"),
         (["--advise", "--run", "nowhere"], "nowhere"),
         (["--ranks", "100000000"], "--ranks"),
         (["--compute", "measured", "--no-gradients", "--model-bytes", "4MB", "--samples", "999"], "needs a model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from lasgd.cli.config import option
 from lasgd.cli.train import ranks_word
 from lasgd.errors import ConfigurationError
 from lasgd.lab import conditions
@@ -17,6 +19,22 @@ from lasgd.training.settings import SimulationSettings
 
 if TYPE_CHECKING:
     from lasgd.lab.measured import Measured
+
+
+_READ = frozenset(
+    {"ranks", "condition", "network", "compute", "all_reduce", "model_bytes", "data", "model", "norm", "image_size"}
+    | {"batch_size", "seed", "no_gradients"}
+)
+"""Settings that advice depends on, or that say what it does anyway."""
+
+
+def check_is_read(given: Iterable[str]) -> None:
+    """Raises ConfigurationError for an option that would change nothing."""
+    if unread := [option(name) for name in given if name not in _READ]:
+        raise ConfigurationError(
+            f"{', '.join(unread)} beside --advise, which simulates every algorithm with its usual settings: it would "
+            "change nothing. Leave it out, or simulate one algorithm without --advise."
+        )
 
 
 def print_advice(settings: SimulationSettings, given: set[str], run: Path | None, console: Console) -> None:

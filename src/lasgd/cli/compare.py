@@ -25,6 +25,7 @@ from lasgd.lab.compare.entry import Entry, options
 from lasgd.lab.compare.plan import FILE, TARGET_SHARE, Plan, Tune, read_stored
 from lasgd.lab.compare.progress import Progress, table
 from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.training.lasting_output import lasting_output
 from lasgd.training.settings import Settings
 
 DEFAULT_ALGORITHMS = "lasgd,sync_sgd"
@@ -109,7 +110,7 @@ def compare(
         settings=settings,
     )
     console = Console()
-    with explaining_surprises(out):
+    with explaining_surprises(out), lasting_output():
         check_data_and_model(plan.shared)  # once, before any run: it unpacks an archive
         comparison = Comparison(plan, out, Progress(console), run_limit_s)
         console.print(Text(_announced(comparison.plan, out)), soft_wrap=True)

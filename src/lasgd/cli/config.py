@@ -84,6 +84,10 @@ def read_stored(folder: Path) -> Settings:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ConfigurationError(f"{path} does not hold settings.")
+        if {"network", "compute"} <= values.keys():
+            raise ConfigurationError(
+                f"the run in {folder} was simulated, and those cannot be resumed. Start it anew with lasgd simulate."
+            )
         return validated(check_keys(values, f"{path}: setting"))
     except ConfigurationError as error:
         raise ConfigurationError(f"--resume: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,20 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from lasgd.cli import config as sources
-from lasgd.cli.advise import described, print_advice
-from lasgd.cli.train import check, check_data_and_model, explaining_surprises, new_default, prepare_folder, ranks_word
+from lasgd.cli.advise import check_is_read, described, print_advice
+from lasgd.cli.train import (
+    check,
+    check_data_and_model,
+    explaining_surprises,
+    new_default,
+    prepared_folder,
+    ranks_word,
+    say,
+)
 from lasgd.errors import ConfigurationError
+from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.training.interrupt import raising_interrupts
+from lasgd.training.lasting_output import lasting_output
 from lasgd.training.settings import SimulationSettings
 
 DEFAULT_RANKS = 4
@@ -50,6 +61,7 @@ def simulate(
     if advise:
         if out is not None:
             raise ConfigurationError("--out beside --advise, which writes nothing. Leave one of them out.")
+        check_is_read(given)
         check(merged, ranks)
         print_advice(merged, {*given, *in_file}, run, Console())
         return 0
@@ -57,17 +69,23 @@ def simulate(
         raise ConfigurationError("--run goes with --advise, which reads a run's figures.")
     check_simulation(merged, ranks)
     out = out or new_default(merged)
-    prepare_folder(out, None, ranks)
-    print(
-        f"simulating {merged.algorithm} on {ranks:,} virtual {ranks_word(ranks)}: {described(merged)}; "
-        f"results go to {out}",
-        flush=True,
-    )
-    with explaining_surprises(out):
+    with prepared_folder(out, None, ranks):
+        say(
+            f"simulating {merged.algorithm} on {ranks:,} virtual {ranks_word(ranks)}: {described(merged)}; "
+            f"results go to {out}"
+        )
+        return _run(merged, out)
+
+
+def _run(settings: SimulationSettings, out: Path) -> int:
+    with explaining_surprises(out), lasting_output():
         from lasgd.training.virtual_run import run_simulation
 
         with raising_interrupts():
-            return run_simulation(merged, out)
+            code = run_simulation(settings, out)
+    if code == INTERRUPTED:
+        print(f"interrupted; {out} tells how far it came, and nothing can go on from there", file=sys.stderr)
+    return code
 
 
 def check_simulation(settings: SimulationSettings, world_size: int) -> None:

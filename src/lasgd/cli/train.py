@@ -17,6 +17,7 @@ from cyclopts import Group, Parameter
 from lasgd.cli import config as sources
 from lasgd.errors import ConfigurationError, LasgdError, unknown
 from lasgd.lab.rank_process import INTERRUPTED
+from lasgd.training.claim import claimed
 from lasgd.training.interrupt import raising_interrupts
 from lasgd.training.run_folder import (
     LinkEmulation,
@@ -80,20 +81,22 @@ def train(
         raise ConfigurationError("under torchrun all ranks need the same run folder: give --out DIR.")
     out = out or new_default(merged)
 
-    if rank in (None, 0):
-        prepare_folder(out, resume, world_size)
-        print(
-            f"training {merged.model} on {merged.data} with {merged.algorithm}: {world_size} {ranks_word(world_size)}, "
-            f"condition {merged.condition}; results go to {out}",
-            flush=True,
-        )
-    with explaining_surprises(out):
+    with contextlib.ExitStack() as stack:
+        if rank in (None, 0):
+            stack.enter_context(prepared_folder(out, resume, world_size))
+            say(
+                f"training {merged.model} on {merged.data} with {merged.algorithm}: "
+                f"{world_size} {ranks_word(world_size)}, condition {merged.condition}; results go to {out}"
+            )
+        stack.enter_context(explaining_surprises(out))
         if under_torchrun:
             return _run_one_rank(merged, out, resume, world_size, rank or 0)
         from lasgd.lab.launch import launch
 
         with raising_interrupts():  # until the supervisor takes over and after it, an emulated network is removed
             code = launch(merged, out, resume, world_size)
+        if code == INTERRUPTED and is_finished(out):  # asked to stop when there was nothing left to stop
+            return 0
         if code == INTERRUPTED:
             print(_how_to_go_on(out, world_size), file=sys.stderr)
         return code
@@ -141,8 +144,12 @@ def check_data_and_model(settings: Settings) -> None:
             open_data(settings.data, settings.image_size)
 
 
-def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
-    """Creates the run folder. Raises ConfigurationError where `out` holds something that this run would write over."""
+@contextlib.contextmanager
+def prepared_folder(out: Path, resume: Path | None, world_size: int) -> Iterator[None]:
+    """Creates the run folder; within the block no other run can have it.
+
+    Raises ConfigurationError where `out` holds something that this run would write over, or another run is at work.
+    """
     if resume is not None and is_finished(resume):
         raise ConfigurationError(
             f"--resume: the run in {resume} is finished, there is nothing to continue. Its model is "
@@ -154,16 +161,20 @@ def prepare_folder(out: Path, resume: Path | None, world_size: int) -> None:
             "Start a new run."
         )
     continues = resume is not None and out.exists() and out.samefile(resume)
-    try:
-        if out.is_dir() and not continues and not holds_nothing_to_lose(out):
-            can_go_on = has_checkpoint(out, world_size) and not is_finished(out)
-            or_go_on = f", or continue its run with lasgd train --resume {out}" if can_go_on else ""
-            raise ConfigurationError(f"--out: {out} is not empty. Name another folder or remove it{or_go_on}.")
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"--out: {out} cannot be used as a folder: {error.strerror or error}.") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(out))
+            if not continues and not holds_nothing_to_lose(out):
+                can_go_on = has_checkpoint(out, world_size) and not is_finished(out)
+                or_go_on = f", or continue its run with lasgd train --resume {out}" if can_go_on else ""
+                raise ConfigurationError(f"--out: {out} is not empty. Name another folder or remove it{or_go_on}.")
+            (out / "logs").mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            raise ConfigurationError(f"--out: {out} cannot be used as a folder: {error.strerror or error}.") from error
+        yield
 
 
 def _world(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
@@ -251,6 +262,16 @@ def surprise(error: BaseException, path: Path | None) -> str:
         return f"the system refused: {error}." + ("" if path is None else f" Details in {path}")
     where = "" if path is None else f" Please report it with the traceback in {path}"
     return f"unexpected {type(error).__name__}: {error}. This is a bug, in lasgd or in a model it was given.{where}"
+
+
+def say(line: str) -> None:
+    """Prints to standard output. Raises LasgdError where that is refused; nobody listening is BrokenPipeError."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LasgdError(f"standard output cannot be written: {error.strerror or error}") from error
 
 
 def ranks_word(n: int) -> str:

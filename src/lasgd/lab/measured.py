@@ -27,7 +27,7 @@ from lasgd.lab import conditions
 from lasgd.lab.frames import payload_share
 from lasgd.pace import Column, Delay
 from lasgd.training.display import OVERRUN_LIMIT
-from lasgd.training.run_folder import RunRecord, read_run
+from lasgd.training.run_folder import RunRecord, has_checkpoint, read_run
 from lasgd.virtual.compute_models import ComputeModel, Trace
 from lasgd.virtual.network_models import Network
 from lasgd.virtual.step_times import read_step_times
@@ -67,9 +67,12 @@ def read_measured(run_folder: Path, ranks: int | None = None) -> Measured:
     run = read_run(run_folder)
     if run.status != "finished":
         is_real = run.link_emulation != "virtual"
-        remedy = (
-            f"Finish it first: lasgd train --resume {run_folder}" if is_real else "Simulate it once more, to its end."
-        )
+        if not is_real:
+            remedy = "Simulate it once more, to its end."
+        elif has_checkpoint(run_folder, run.world_size):
+            remedy = f"Finish it first: lasgd train --resume {run_folder}"
+        else:
+            remedy = "It has no checkpoint to go on from: train once more, to the end."
         raise ConfigurationError(
             f"{run_folder} is a run that is {run.status}, and only a finished one says how long its rounds took. "
             f"{remedy}"

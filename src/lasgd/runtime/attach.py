@@ -91,6 +91,8 @@ def attach(
     Raises ConfigurationError for what cannot work on this rank, PeerError where ranks are missing or disagree; both
     before the first local step.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model should be a torch.nn.Module, got {type(model).__name__}")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _as_list(optimizer)
     if (samples is None) == (seconds is None):
         raise ConfigurationError("give the budget as samples or as seconds: one of the two")

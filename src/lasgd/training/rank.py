@@ -29,6 +29,7 @@ from lasgd.training.data import open_data, training_batches
 from lasgd.training.display import Display, print_summary
 from lasgd.training.evaluation import SavedMeans
 from lasgd.training.interrupt import asking_to_stop
+from lasgd.training.lasting_output import LastingOutput, lasting_output
 from lasgd.training.loop import Notes, Trainer
 from lasgd.training.replicas import SavedReplicas
 from lasgd.training.results import RankReport, Results, rank_record, wait_reports
@@ -52,10 +53,11 @@ def run_rank(settings: Settings, out: Path, resume: Path | None, link_emulation:
     begin_s = time.monotonic()
     rank = int(os.environ.get("RANK", "0"))
     with ExitStack() as stack:
+        output = stack.enter_context(lasting_output())
         display = stack.enter_context(Display(_title(settings))) if rank == 0 else None
         if display:
             display.status("opening data and model")
-        run = _Run(settings, out, resume, link_emulation, begin_s, display)
+        run = _Run(settings, out, resume, link_emulation, begin_s, display, output)
         with asking_to_stop(run.stop, terminate_too=SUPERVISOR not in os.environ):
             run.train()
             return run.finish()
@@ -72,8 +74,10 @@ class _Run:
         link_emulation: LinkEmulation,
         begin_s: float,
         display: Display | None,
+        output: LastingOutput | None,
     ):
         self.settings, self.out = settings, out
+        self.output = output
         self.link_emulation: LinkEmulation = link_emulation
         self.begin_s, self.display = begin_s, display
         self.condition = conditions.parse(settings.condition)
@@ -243,6 +247,8 @@ class _Run:
 
     def _report(self) -> RankReport:
         averaging = self.averaging
+        if self.output is not None and self.output.lost:
+            self.notes.add(f"standard output could not be written ({self.output.lost}); the run went on without it")
         rounds = averaging.tally.exchanges if averaging.writes_messages else averaging.pace.round
         record = rank_record(self.rank, averaging.tally, rounds, self.compute_s, averaging.bytes_sent)
         return RankReport(
