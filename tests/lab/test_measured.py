@@ -199,6 +199,12 @@ def test_steps_that_outlasted_their_padding_are_pointed_out(folder):
 
 
 def test_a_run_that_has_not_finished_is_refused(folder):
+    with pytest.raises(ConfigurationError, match=r"interrupted.*no checkpoint to go on from"):
+        read_measured(folder.write(status="interrupted"))
+    cut = folder.path / "checkpoints" / "000001"
+    cut.mkdir(parents=True)
+    for rank in range(RANKS):
+        (cut / f"rank-{rank}.pt").touch()
     with pytest.raises(ConfigurationError, match=r"interrupted.*Finish it first: lasgd train --resume"):
         read_measured(folder.write(status="interrupted"))
     with pytest.raises(ConfigurationError, match=r"interrupted.*Simulate it once more"):  # it cannot be resumed
