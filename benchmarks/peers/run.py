@@ -18,16 +18,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 from pydantic import ValidationError  # noqa: E402
 
-from lasgd.cli.train import check_data_and_model, explaining_surprises, prepare_folder  # noqa: E402
+from lasgd.cli.train import check_data_and_model, explaining_surprises, prepared_folder  # noqa: E402
 from lasgd.errors import ConfigurationError, LasgdError  # noqa: E402
 from lasgd.lab import conditions, network  # noqa: E402
 from lasgd.lab.launch import launch  # noqa: E402
@@ -88,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
     name = next((word for word in argv if not word.startswith("-")), None)
     peer = named.load(name) if name in named.PEERS else None
     arguments = vars(parser_for(peer.Options if peer else named.Peer).parse_args(argv))
-    assert peer is not None  # argparse has refused any other name
+    assert name is not None and peer is not None  # argparse has refused any other name
     given = {key: arguments[key] for key in SHARED if key in arguments}
     options = {option.name: arguments[option.name] for option in fields(peer.Options)}
     try:
@@ -105,22 +106,27 @@ def run(argv: Sequence[str]) -> int:
     check_condition(settings, ranks)
     check_data_and_model(settings)
     out = arguments["out"]
-    prepare_folder(out, None, ranks)
-    print(
-        f"training {settings.model} on {settings.data} with {settings.algorithm}: {ranks} ranks, condition "
-        f"{settings.condition}; results go to {out}",
-        flush=True,
-    )
+    with prepared_folder(out, None, ranks):
+        print(
+            f"training {settings.model} on {settings.data} with {settings.algorithm}: {ranks} ranks, condition "
+            f"{settings.condition}; results go to {out}",
+            flush=True,
+        )
+        return train(name, settings, out, ranks, options)
+
+
+def train(name: str, settings: Settings, out: Path, ranks: int, options: Mapping[str, Any]) -> int:
+    """Trains in the folder `out`, with as many samples as a budget in seconds allows; returns the exit code."""
     paths = (str(FOLDER.parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # where the ranks find `peers`
-    command = ("-m", "lasgd.lab.rank_process", "peers.rank", str(name), json.dumps(options))
+    command = ("-m", "lasgd.lab.rank_process", "peers.rank", name, json.dumps(options))
     with explaining_surprises(out), raising_interrupts():  # an emulated network is removed in any case
-        if settings.seconds is not None:
+        if (asked_s := settings.seconds) is not None:
             found = pace(settings, out / PACE_FOLDER, ranks, command, options.get("sync_every", 1))
             if found is None:
                 return 1
-            settings = within(settings, settings.seconds, found, ranks)
-            print(f"{found:.0f} samples/s, so {settings.samples:,} samples take {given['seconds']} seconds", flush=True)
+            settings = within(settings, asked_s, found, ranks)
+            print(f"{found:.0f} samples/s, so {settings.samples:,} samples take {asked_s:g} seconds", flush=True)
         return launch(settings, out, None, ranks, command=command)
 
 
