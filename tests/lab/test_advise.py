@@ -51,7 +51,7 @@ def of(found: list[Advice], algorithm: str, setting: str = "") -> Advice:
 def printed(found: list[Advice], width: int = 80, ranks: int = 8) -> str:
     console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
-        console.print(advice_table(found, ranks))
+        console.print(advice_table(found, ranks), crop=False)
     return capture.get()
 
 
@@ -157,6 +157,12 @@ def test_nodes_and_other_all_reduces_are_taken_into_account():
 
 
 # How
+
+
+def test_a_narrow_terminal_wraps_lines_and_cuts_no_figure():
+    wide, narrow = (printed(advices(), width).split("\n\n")[0] for width in (80, 40))
+    assert narrow == wide
+    assert "…" not in narrow
 
 
 def test_every_algorithm_that_agrees_is_advised_on_and_progress_says_so():

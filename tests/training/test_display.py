@@ -92,6 +92,12 @@ def test_the_display_shows_every_figure_within_the_width(width):
     assert max(len(line) for line in text.splitlines()) <= width
 
 
+def test_the_closing_table_keeps_its_figures_in_a_narrow_terminal():
+    rows = [[line for line in summary(width).splitlines() if line.split()[:1] == ["1"]] for width in (40, 80)]
+    assert rows[0] == rows[1]
+    assert "…" not in rows[0][0]
+
+
 def test_what_is_not_known_yet_is_a_dash_and_not_an_error():
     display = Display("a run")
     assert "starting" in text_of(display, 80)

@@ -59,7 +59,7 @@ def print_advice(settings: SimulationSettings, given: set[str], run: Path | None
                 progress=status.update,
             )
     console.print()
-    console.print(advice_table(advices, measured.ranks))
+    console.print(advice_table(advices, measured.ranks), crop=False)
 
 
 def _from_settings(settings: SimulationSettings, given: set[str]) -> Measured:

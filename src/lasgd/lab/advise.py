@@ -2,7 +2,7 @@
 
     advices = advise(ranks=8, compute=Stragglers(Constant(0.2), {7: 4.0}), network=Network(8, 12.5e6),
                      vector=Vector(11_250_000), batch_size=32)
-    Console().print(advice_table(advices))
+    Console().print(advice_table(advices), crop=False)
 
 What is predicted is time per sample. Time to an accuracy is another thing: averages that are late or rare teach less
 per sample, by how much nobody can say without training. So of algorithms that are about equally fast, the one whose
@@ -33,6 +33,7 @@ from lasgd.lab.simulation import Plan, cluster_of, outcome
 from lasgd.momentum import LEAST_FRAGMENTS
 from lasgd.pace import Column, Delay
 from lasgd.tally import RECENT_STEPS, Tally
+from lasgd.training.display import whole
 from lasgd.virtual.compute_models import CHUNK, ComputeModel
 from lasgd.virtual.network_models import Network
 from lasgd.virtual.timing_replica import TimingReplica, Vector
@@ -166,6 +167,8 @@ def ranked(advices: Sequence[Advice]) -> list[Advice]:
 def advice_table(advices: Sequence[Advice], ranks: int = 1) -> Group:
     """The table, why each is where it is, what to try first, and what the figures do not say; fits 80 columns.
 
+    To be printed with crop=False: where there are fewer, its lines wrap and keep their figures.
+
     On so many `ranks` that algorithms were left out it says which.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
@@ -192,7 +195,7 @@ def advice_table(advices: Sequence[Advice], ranks: int = 1) -> Group:
     for place, advice in enumerate(advices, start=1):
         reasons.add_row(str(place), Text(f"{advice.algorithm}: {advice.reason}"))
     closing = [Text(line) for line in _closing(advices, ranks)]
-    return Group(table, Text(), reasons, Text(), *closing)
+    return Group(whole(table), Text(), reasons, Text(), *closing)
 
 
 def _closing(advices: Sequence[Advice], ranks: int) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -220,7 +221,7 @@ def print_summary(run: Mapping[str, Any], console: Console | None = None, out: s
     console.print(facts)
     if run["ranks"]:
         console.print()
-        console.print(_rank_table(run["ranks"], clock_s))
+        console.print(whole(_rank_table(run["ranks"], clock_s)), crop=False)
         if len(run["ranks"]) > _RANKS_SHOWN:
             console.print(Text(f"and {len(run['ranks']) - _RANKS_SHOWN:,} more ranks, in run.json", style="dim"))
     for warning in warnings(run):
@@ -252,6 +253,13 @@ def _rank_table(ranks: Sequence[Mapping[str, Any]], clock_s: float) -> Table:
             _number(staleness["max"], "g"),
             _bytes(rank["bytes_sent"]),
         )
+    return table
+
+
+def whole(table: Table) -> Table:
+    """The same table, with no column cut where the terminal is narrow; to be printed with crop=False, so lines wrap."""
+    wide = Console(width=1_000)
+    table.width = Measurement.get(wide, wide.options, table).maximum
     return table
 
 
