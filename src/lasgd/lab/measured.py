@@ -126,7 +126,10 @@ def _step_times(path: Path, events: Sequence[dict[str, Any]], world_size: int) -
     """By rank; where ranks wait within a step, what comes after the wait is of that step too."""
     read = read_step_times(path)  # says in words what is wrong with a step
     if len(read) != world_size:
-        raise DataError(f"{path} has step times of {len(read)} ranks, and the run had {world_size}.")
+        raise DataError(
+            f"{path} has step times of {len(read)} ranks, and the run had {world_size}: describe the cluster with "
+            "--compute and --network in place of --run."
+        )
     times: list[list[float]] = [[] for _ in read]
     for event in events:
         if event["name"] == "compute":
