@@ -68,6 +68,20 @@ def test_a_process_whose_reader_has_gone_ends_with_its_own_exit_code():
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_within_one_another_they_are_one(capsys):
+    with lasting_output() as outer, lasting_output() as inner:
+        assert inner is outer
+
+
+def test_standard_error_outlasts_its_reader_too(monkeypatch):
+    with without_reader() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with lasting_output() as output:
+            print("nobody hears this", file=sys.stderr, flush=True)
+            assert output is not None and output.lost is None
+        assert sys.stderr is stream
+
+
 def test_without_standard_output_there_is_nothing_to_outlast(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with lasting_output() as output:

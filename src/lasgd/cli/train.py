@@ -19,6 +19,7 @@ from lasgd.errors import ConfigurationError, LasgdError, unknown
 from lasgd.lab.rank_process import INTERRUPTED
 from lasgd.training.claim import claimed
 from lasgd.training.interrupt import raising_interrupts
+from lasgd.training.lasting_output import lasting_output
 from lasgd.training.run_folder import (
     LinkEmulation,
     has_checkpoint,
@@ -89,6 +90,7 @@ def train(
                 f"{world_size} {ranks_word(world_size)}, condition {merged.condition}; results go to {out}"
             )
         stack.enter_context(explaining_surprises(out))
+        stack.enter_context(lasting_output())
         if under_torchrun:
             return _run_one_rank(merged, out, resume, world_size, rank or 0)
         from lasgd.lab.launch import launch

@@ -1,4 +1,4 @@
-"""Standard output whose end does not end the run: `lasgd train | head`, a full disk under a log."""
+"""Standard streams whose end does not end the run: `lasgd train | head`, a full disk under a log."""
 
 from __future__ import annotations
 
@@ -46,15 +46,20 @@ class LastingOutput:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[LastingOutput | None]:
-    """Within the block `sys.stdout` outlasts whoever reads it; None where this process has no standard output."""
-    stream = sys.stdout
-    if stream is None:  # closed by whoever started Python
-        yield None
-        return
-    lasting = LastingOutput(stream)
-    sys.stdout = lasting
+    """Within the block `sys.stdout`, which is given, and `sys.stderr` outlast whoever reads them.
+
+    None where this process has no standard output, as whoever started it has closed that.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
     try:
-        yield lasting
+        yield sys.stdout
     finally:
-        lasting.flush()
-        sys.stdout = stream
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: TextIO | None) -> Any:
+    return stream if stream is None or isinstance(stream, LastingOutput) else LastingOutput(stream)
