@@ -74,7 +74,7 @@ def test_lasgd_is_cut_as_a_training_would_cut_it_with_its_momentum_of_the_mean(b
 def test_a_network_that_costs_nothing_makes_all_equally_fast():
     found = advices(bytes_per_s=math.inf, algorithms=None)
     assert [advice.share_of_limit for advice in found] == pytest.approx([1.0] * len(found))
-    assert [(found[0].algorithm, found[0].age_steps), found[1].setting] == [("sync_sgd", 0), "steps_per_round 1"]
+    assert [(found[0].algorithm, found[0].age_steps), found[1].setting] == [("sync_sgd", 0), "steps-per-round=1"]
 
 
 def test_on_a_slow_link_what_never_waits_comes_first_and_the_others_pay_what_the_link_takes():
@@ -83,7 +83,7 @@ def test_on_a_slow_link_what_never_waits_comes_first_and_the_others_pay_what_the
     assert found[0].share_of_limit == 1 and found[0].waited_share == 0
     whole_s = 2 * 7 / 8 * (MODEL.nbytes + HEADER_BYTES) / SLOW_LINK  # 6.3 s
     for steps in (1, 4, 16, 64):
-        local = of(found, "local_sgd", f"steps_per_round {steps}")
+        local = of(found, "local_sgd", f"steps-per-round={steps}")
         assert local.share_of_limit == pytest.approx(steps * 0.2 / (steps * 0.2 + whole_s), rel=1e-6)
         assert local.steps_between_averages == steps
     # Gradients overlap with the backward pass from the first full bucket on.
@@ -95,7 +95,7 @@ def test_on_a_slow_link_what_never_waits_comes_first_and_the_others_pay_what_the
 def test_the_smallest_number_of_steps_that_hides_the_network_is_found():
     found = advices(bytes_per_s=1.25e8)
     [enough] = [advice for advice in found if "fewer steps than" in advice.reason]
-    steps = int(enough.setting.split()[-1])
+    steps = int(enough.setting.split("=")[-1])
     network_s = 2 * 7 / 8 * (MODEL.nbytes + HEADER_BYTES) / 1.25e8
     assert network_s / (steps * 0.2 + network_s) <= ABOUT_EQUAL < network_s / ((steps - 1) * 0.2 + network_s)
 
@@ -111,7 +111,7 @@ def test_a_straggler_holds_up_only_those_who_wait_and_is_named():
     # Everybody at 0.8 s a step: 10 steps a second where 36.25 are possible.
     assert of(found, "sync_sgd").share_of_limit == pytest.approx(10 / 36.25, rel=0.01)
     assert "up to 0.6 s for rank 3" in of(found, "sync_sgd").reason
-    assert "up to 2.40 s for rank 3" in of(found, "local_sgd", "steps_per_round 4").reason
+    assert "up to 2.40 s for rank 3" in of(found, "local_sgd", "steps-per-round=4").reason
 
 
 def test_stalls_hold_up_those_who_wait_the_less_the_more_steps_are_in_a_round():
@@ -121,7 +121,7 @@ def test_stalls_hold_up_those_who_wait_the_less_the_more_steps_are_in_a_round():
     # A step takes 1.055 s where any of 8 ranks stalls: 55 ms + (1 - 0.99^8) s, of which a rank's own are 65 ms.
     assert sync.share_of_limit == pytest.approx(0.065 / (0.055 + 1 - 0.99**8), rel=0.1)
     assert "for whichever rank is last" in sync.reason
-    shares = [of(found, "local_sgd", f"steps_per_round {steps}").share_of_limit for steps in (1, 4, 16, 64)]
+    shares = [of(found, "local_sgd", f"steps-per-round={steps}").share_of_limit for steps in (1, 4, 16, 64)]
     assert shares == sorted(shares)
 
 
@@ -196,7 +196,7 @@ def test_where_too_many_ranks_would_write_to_each_other_those_algorithms_are_lef
 
 def test_a_server_is_as_slow_as_its_link_that_all_share():
     found = advices(ranks=16, bytes_per_s=1.25e8, algorithms=("parameter_server", "osgp"))
-    server = of(found, "parameter_server", "steps_per_round 64")
+    server = of(found, "parameter_server", "steps-per-round=64")
     # Fifteen workers' vectors cross the server's link both ways, at once: 5.4 s for 64 steps of 0.2 s.
     assert server.samples_per_s < 16 * 32 * 64 / (64 * 0.2 + 15 * MODEL.nbytes / 1.25e8) * 1.15
     assert "for messages" in server.reason

@@ -82,7 +82,7 @@ class Advice:
     algorithm: str
     """Its name in the registry."""
     setting: str
-    """An option that it was simulated with, such as `steps_per_round 16`; empty: none is needed."""
+    """What it was simulated with, in the words of `lasgd compare`, such as `steps-per-round=16`; empty: none."""
     samples_per_s: float
     """Of all ranks together."""
     s_per_sample: float
@@ -229,7 +229,7 @@ def _closing(advices: Sequence[Advice], ranks: int) -> list[str]:
 
 
 def _named(advice: Advice) -> str:
-    return f"{advice.algorithm} with {advice.setting}" if advice.setting else advice.algorithm
+    return f"{advice.algorithm}:{advice.setting}" if advice.setting else advice.algorithm
 
 
 def rounds_to_hear_of_all(algorithm: Algorithm, ranks: int) -> float:
@@ -481,7 +481,7 @@ class _Lab:
             reason += f"; fewer steps than {steps_per_round} lose more than {ABOUT_EQUAL:.0%} to the network"
         return Advice(
             algorithm=trial.algorithm.name,
-            setting="" if steps_per_round is None else f"steps_per_round {steps_per_round}",
+            setting="" if steps_per_round is None else f"steps-per-round={steps_per_round}",
             samples_per_s=samples_per_s,
             s_per_sample=1 / samples_per_s,
             share_of_limit=trial.share_of_limit,
