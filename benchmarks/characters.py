@@ -1,6 +1,6 @@
 """Does the default work untuned where nobody tuned it? A small language model, SGD and AdamW, in virtual time.
 
-    python benchmarks/characters.py            both optimizers, three clusters, three seeds, a run on each core
+    python benchmarks/characters.py            both optimizers, three clusters, a run on each core
     python benchmarks/characters.py --quick    does it work?
     python benchmarks/characters.py --optimizers adamw --clusters "delay 10" --seeds 0
 
