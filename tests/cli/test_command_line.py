@@ -349,3 +349,17 @@ def test_ctrl_c_while_the_command_imports_ends_it_without_a_word(tmp_path, modul
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_an_interrupt_after_the_end_is_no_interrupted_run(launched, capsys, tmp_path, monkeypatch):
+    record = RunRecord(
+        status="finished", algorithm="lasgd", condition="fast", settings={}, environment={}, world_size=4
+    )
+
+    def launch(settings, out, resume, world_size) -> int:
+        write_run(out, record)
+        return 130
+
+    monkeypatch.setattr(lasgd.lab.launch, "launch", launch)
+    assert main(["train", "--out", "run"]) == 0
+    assert "interrupted" not in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from lasgd.cli.config import combine, read_config, read_stored, validated
 from lasgd.errors import ConfigurationError
-from lasgd.training.settings import Settings
+from lasgd.training.settings import Settings, SimulationSettings
 
 
 def config_file(tmp_path, text: str):
@@ -143,4 +143,11 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
         read_stored(tmp_path)
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(ConfigurationError, match="does not hold settings"):
+        read_stored(tmp_path)
+
+
+def test_resuming_a_simulated_run_says_that_it_was_one(tmp_path):
+    stored = SimulationSettings(network="20mbit").model_dump(mode="json")
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigurationError, match=r"--resume: the run in .* was simulated"):
         read_stored(tmp_path)

@@ -188,3 +188,9 @@ def test_a_wire_format_is_refused_where_what_it_rounds_off_would_be_lost():
     model = small_model()
     with pytest.raises(ConfigurationError, match=r"local_sgd would lose .* It is for lasgd"):
         alone(model, torch.optim.SGD(model.parameters(), lr=0.1), wire="int8", algorithm="local_sgd")
+
+
+def test_what_is_no_module_is_refused():
+    optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"model should be a torch\.nn\.Module, got str"):
+        lasgd.attach("model", optimizer, samples=100, batch_size=4)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sys
 import pytest
 from rich.console import Console
 
+from lasgd.cli.train import say
+from lasgd.errors import LasgdError
 from lasgd.training.lasting_output import LastingOutput, lasting_output
 
 
@@ -66,6 +69,16 @@ def test_a_process_whose_reader_has_gone_ends_with_its_own_exit_code():
     with without_reader() as stream:
         ended = subprocess.run([sys.executable, "-c", program], stdout=stream, stderr=subprocess.PIPE, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_command_that_cannot_say_where_its_results_go_says_so(monkeypatch):
+    stream = open("/dev/full", "w")  # noqa: SIM115 closing it would fail once more
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(LasgdError, match="standard output cannot be written: No space left on device"):
+        say("results go to runs/one")
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def test_within_one_another_they_are_one(capsys):

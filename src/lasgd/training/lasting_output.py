@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class LastingOutput:
-    """A text stream that drops what it cannot write, and remembers why. All else is the stream's own."""
+    """A text stream that drops everything once it has been refused, and remembers why. All else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
