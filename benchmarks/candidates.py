@@ -15,8 +15,13 @@ number of ranks:
     momentum_averaged    lasgd, and the optimizers' momentum b is averaged as replicas are: b_i <- b_i + (mean b - its
                      snapshot). Its bytes are not sent here: give it a round of twice the length
     weighted_steps   lasgd, and a snapshot weighs as many local steps as its rank has taken since the one before
+    weighted_gradient    lasgd, and a snapshot weighs 1/|g|, g its rank's latest gradient
     by_drift         lasgd, and instead of in turn the fragment goes that has drifted most, as far as is known; for a
                      fixed number of fragments
+    by_layer         lasgd, and each of the model's layers is a fragment, however large
+    interleaved      lasgd, and a fragment has rows of the whole model, each tenth of a hundred pieces if there are ten
+                     fragments; for a fixed number of them
+    waits_first      lasgd, and before it, for a fifth of the run, ranks wait after every local step for a mean of all
     remembered_mean  lasgd, and the model that is left is e in place of the mean: e <- e + (m - e) / 10 at every mean
 
 The two numbers of a rank that adaptive_gain adds up, and the one of by_drift, would travel in the header of the next
@@ -25,6 +30,7 @@ round. Here all ranks are in one process and share them in memory, a round late 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -38,13 +44,29 @@ from torch import Tensor
 
 from lasgd.algorithms import lasgd, registry
 from lasgd.algorithms.registry import Algorithm
-from lasgd.algorithms.requests import Answer, Contribution, Failure, Gradient, Mean, Request, Update
-from lasgd.layout import Fragment
+from lasgd.algorithms.requests import (
+    AllReduceMean,
+    Answer,
+    Contribution,
+    Failure,
+    Gradient,
+    Mean,
+    NextRound,
+    Request,
+    Update,
+)
+from lasgd.layout import Fragment, Layout, Piece
 from lasgd.pace import Pace
 from lasgd.replica import Replica
 
 REMEMBERED = 0.9
 """Of what the headers have said so far, from round to round; of the means so far, from cycle to cycle."""
+
+WAITING_SHARE = 0.2
+"""Of the run, in the beginning."""
+
+PIECES = 10
+"""Of each fragment that is no single run of rows, about."""
 
 Text = Generator[Request, Answer, None]
 
@@ -227,6 +249,122 @@ class WeightedSteps(Candidate):
         return replace(sent, weight=sent.weight * max(1, taken))
 
 
+class WeightedGradient(Candidate):
+    """Who has come down further counts for more."""
+
+    def snapshot(self, fragment: Fragment) -> Contribution:
+        """With the weight of the rank's gradient; 1 before there is one."""
+        sent, gradients = self.replica.snapshot(fragment), self.gradients()
+        length = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        return replace(sent, weight=sent.weight / length) if 0 < length < math.inf else sent
+
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters that have one."""
+        found = (entry.tensor().grad for entry in self.replica.layout.entries)
+        return [gradient for gradient in found if gradient is not None]
+
+
+# Cuts
+
+
+class ByLayer(Candidate):
+    """A layer goes at a time."""
+
+    def __init__(self, replica: Replica, pace: Pace):
+        super().__init__(replica, pace)
+        layout = self.replica.layout
+        layout.cut = lambda fragments: layers(layout)  # whatever the number asked for
+
+    def next_fragment(self, fragments: int) -> Fragment:
+        """In turn, as the replica's."""
+        return self.replica.next_fragment(len(layers(self.replica.layout)))
+
+
+def layers(layout: Layout) -> list[Fragment]:
+    """A fragment for each module that has averaged tensors of its own."""
+    found = []
+    for index, (_, of_layer) in enumerate(itertools.groupby(layout.entries, key=lambda entry: id(entry.owner))):
+        entries = list(of_layer)
+        pieces = (
+            Piece(entry, 0, len(entry.tensor()) if entry.tensor().dim() else 1, True, entry.begin, entry.end)
+            for entry in entries
+        )
+        found.append(Fragment(index, entries[0].begin, entries[-1].end, tuple(pieces)))
+    return found
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """A fragment that is several of the replica's."""
+
+    parts: tuple[Fragment, ...]
+
+
+class Interleaved(Candidate):
+    """A fragment has rows of the whole model."""
+
+    takes_momentum = False
+
+    def __init__(self, replica: Replica, pace: Pace):
+        super().__init__(replica, pace)
+        self.turn = -1
+        self.sent: list[tuple[Contribution, Tensor]] = []
+
+    def next_fragment(self, fragments: int) -> Any:
+        """In turn, each with a part of the whole model's length at equal distances."""
+        if self.turn < 0:
+            self.replica.next_fragment(fragments * PIECES)
+        self.turn = (self.turn + 1) % fragments
+        return Scattered(tuple(self.replica.fragments[self.turn :: fragments]))
+
+    def snapshot(self, fragment: Any) -> Contribution:
+        """Its parts one behind the other."""
+        if not isinstance(fragment, Scattered):
+            return self.replica.snapshot(fragment)
+        self.sent = []
+        for part in fragment.parts:
+            sent = self.replica.snapshot(part)
+            self.sent.append((sent, sent.values.clone()))  # the replica's buffer is one for all its fragments
+        weight = min(sent.weight for sent, _ in self.sent)
+        return Contribution(torch.cat([values for _, values in self.sent]), weight)
+
+    def correct(self, fragment: Any, sent: Contribution, outcome: Mean | Failure, momentum: float = 0.0) -> None:
+        """Part by part."""
+        if isinstance(outcome, Failure) or outcome.values is None:
+            return
+        begin = 0
+        for part, (of_part, values) in zip(fragment.parts, self.sent, strict=True):
+            of_part.values.copy_(values)
+            mean = replace(outcome, values=outcome.values[begin : begin + part.size])
+            self.replica.correct(part, replace(of_part, weight=sent.weight), mean)
+            begin += part.size
+
+
+# Waiting
+
+
+def compute_waiting_first(replica: Replica, pace: Pace, settings: lasgd.Settings) -> Text:
+    """In the beginning a whole cycle of rounds after every local step."""
+    while pace.end is None and pace.progress < WAITING_SHARE:
+        yield Gradient()
+        yield Update()
+        for _ in replica.fragments:
+            fragment = replica.next_fragment(pace.fragments)
+            sent = replica.snapshot(fragment)
+            outcome = yield AllReduceMean(sent)
+            pace.agree(outcome)
+            replica.correct(fragment, sent, outcome, settings.outer_momentum)
+        replica.merge()
+    yield from lasgd.compute(replica, pace)
+
+
+def communicate_after_waiting(replica: Replica, pace: Pace, settings: lasgd.Settings) -> Text:
+    """Looks every now and then whether the beginning is over."""
+    while pace.end is None and pace.progress < WAITING_SHARE:
+        yield NextRound(1.0)
+    yield from lasgd.communicate(replica, pace, settings)
+
+
 # Order
 
 
@@ -323,7 +461,18 @@ CANDIDATES = (
     _algorithm("cleared", Candidate, compute_cleared),
     _algorithm("momentum_averaged", MomentumAveraged, lasgd.compute),
     _algorithm("weighted_steps", WeightedSteps, lasgd.compute),
+    _algorithm("weighted_gradient", WeightedGradient, lasgd.compute),
     _algorithm("by_drift", ByDrift, lasgd.compute),
+    _algorithm("by_layer", ByLayer, lasgd.compute),
+    _algorithm("interleaved", Interleaved, lasgd.compute),
+    Algorithm(
+        "waits_first",
+        compute_waiting_first,
+        communicate_after_waiting,
+        settings=lasgd.Settings(),
+        takes_fragments=True,
+        goes_on_without_steps=False,
+    ),
     _algorithm("remembered_mean", RememberedMean, lasgd.compute),
 )
 

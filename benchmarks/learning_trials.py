@@ -104,7 +104,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "momentum cleared, whole vector": {"algorithm": "cleared", "fragments": 1},
     "momentum averaged": {"algorithm": "momentum_averaged", "bytes": 2},
     "weighted by steps": {"algorithm": "weighted_steps"},
+    "weighted by gradient": {"algorithm": "weighted_gradient"},
     "by drift, 10 fragments": {"algorithm": "by_drift", "fragments": 10},
+    "by layer": {"algorithm": "by_layer", "fragments": 10},
+    "interleaved, 10 fragments": {"algorithm": "interleaved", "fragments": 10},
+    "full, waiting first": {"algorithm": "waits_first", "outer_momentum": 0},
+    f"{DEFAULT}, waiting first": {"algorithm": "waits_first", "outer_momentum": 0.8, "momentum": 0.5},
     f"{DEFAULT}, mean of ten cycles": {"algorithm": "remembered_mean", "outer_momentum": 0.8, "momentum": 0.5},
 }
 """Options of `lasgd simulate` by label, and as `bytes` how many times the whole vector travels. Where momentum is in

@@ -104,7 +104,8 @@ def test_the_adaptive_gain_is_one_where_local_steps_forget_nothing():
 
 
 def test_gains_move_the_mean_by_nothing():
-    for name in ("half_gain", "adaptive_gain", "adaptive_gain_by_fragment", "by_drift", "remembered_mean"):
+    alike = ("by_drift", "by_layer", "interleaved", "remembered_mean")
+    for name in ("half_gain", "adaptive_gain", "adaptive_gain_by_fragment", *alike):
         works = run(name, lambda _, model: Steps(model), values=(0.0, 2.0, 10.0), samples=300, fragments=2)
         assert sum(work.seen[90] for work in works) == pytest.approx(12.0), name
 
@@ -204,6 +205,51 @@ def test_by_drift_lets_all_go_once_and_then_the_one_that_drifts_most(known):
     assert order[:3] == [0, 1, 2]
     assert order[3:].count(0) > order[3:].count(1)
     assert set(order[3:]) == {0, 1, 2}, "none is forgotten"
+
+
+def test_a_gentle_gradient_weighs_more():
+    class Pulls(Steps):
+        def gradient(self) -> None:
+            super().gradient()
+            self.model.x.grad = torch.full_like(self.model.x, self.pull)
+
+    def works(rank: int, model: Point) -> Pulls:
+        work = Pulls(model)
+        work.pull = 1.0 + 3.0 * rank  # rank 1 at 10 pulls four times as much: 4 * 0 + 1 * 10 of five
+        return work
+
+    assert run("weighted_gradient", works, values=(0.0, 10.0))[0].seen[30] == pytest.approx(2.0)
+
+
+def test_by_layer_a_layer_goes_at_a_time(known):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
+    replica = Replica(model, Tally(1), 5)
+    candidate = known.ByLayer(replica, Pace(1, 100))
+    went = [candidate.next_fragment(5) for _ in range(4)]
+    assert [(fragment.begin, fragment.end) for fragment in went] == [(0, 16), (16, 24)] * 2
+    assert [len(fragment.pieces) for fragment in went[:2]] == [2, 1]
+    assert torch.equal(replica.snapshot(went[1]).values, model[2].weight.detach().flatten())
+
+
+def test_interleaved_each_fragment_has_rows_of_the_whole_model(known):
+    model = Point([float(row) for row in range(8)], torch.float64)
+    replica = Replica(model, Tally(1), 2)
+    candidate = known.Interleaved(replica, Pace(1, 100))
+    for turn in (0, 1):
+        fragment = candidate.next_fragment(2)
+        sent = candidate.snapshot(fragment)
+        assert sent.values.tolist() == [turn, turn + 2, turn + 4, turn + 6]
+        candidate.correct(fragment, sent, known.Mean(sent.values + 100))
+        replica.merge()
+    assert model.x.tolist() == [100.0 + row for row in range(8)]
+    assert candidate.next_fragment(2).parts[0].begin == 0
+
+
+def test_waiting_first_keeps_all_alike_for_a_fifth_of_the_run_and_then_nobody_waits(known):
+    works = run("waits_first", lambda rank, model: Steps(model, adds=float(rank)), values=(0.0, 0.0), samples=200)
+    gaps = [gap(works, step) for step in range(80)]
+    assert gaps[:20] == [0.0] * 20
+    assert max(gaps[25:]) > 3.0
 
 
 def test_a_name_that_is_in_use_is_refused(known):
