@@ -11,7 +11,7 @@ import pytest
 import lasgd.lab.compare.engine as engine
 from compare_folders import write_run_folder
 from lasgd.cli.app import main
-from lasgd.cli.compare import planned
+from lasgd.cli.compare import _announced, planned
 from lasgd.cli.entries import parse_entries
 from lasgd.errors import ConfigurationError
 from lasgd.lab.compare.entry import Entry
@@ -248,3 +248,12 @@ def test_a_report_of_nothing_is_refused(capsys):
 def _write(value: Any) -> None:
     Path("there").mkdir()
     Path("there/results.json").write_text(json.dumps(value))
+
+
+def test_entries_whose_learning_rate_is_given_are_named_where_a_grid_is_tried():
+    def said(grid):
+        entries = ["lasgd", "sync_sgd:lr=0.4"]
+        return _announced(planned(Path("there"), algorithms=entries, lr_grid=grid), Path("there"))
+
+    assert said(["0.1,0.2"]).splitlines()[1] == "not tuned, for their learning rate is given: sync_sgd:lr=0.4"
+    assert len(said(None).splitlines()) == 1

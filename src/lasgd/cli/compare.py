@@ -266,11 +266,15 @@ def _command(plan: Plan, out: Path) -> str:
 
 
 def _announced(plan: Plan, out: Path) -> str:
-    return (
+    lines = [
         f"comparing {', '.join(entry.label for entry in plan.entries)}: {plan.shared.model} on {plan.shared.data}, "
         f"{plan.shared.ranks} ranks, conditions {', '.join(plan.conditions)}, seeds "
         f"{', '.join(map(str, plan.seeds))}; results go to {out}"
-    )
+    ]
+    untuned = [entry.label for entry in plan.entries if plan.lr_grid and "lr" in entry.own]
+    if untuned:
+        lines.append(f"not tuned, for their learning rate is given: {', '.join(untuned)}")
+    return "\n".join(lines)
 
 
 def _conclude(outcome: Outcome, plan: Plan, out: Path, console: Console) -> int:
