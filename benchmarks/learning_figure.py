@@ -15,7 +15,7 @@ from typing import Any
 
 from common import RESULTS
 from drawing import BLUE, GREEN, GREY, IMAGES, ORANGE, PURPLE, pyplot, save
-from learning_trials import DEFAULT, SCREEN
+from learning_trials import DEFAULT, INT8, SCREEN
 
 BY_CANDIDATE, BY_DELAY = IMAGES / "learning_screen.svg", IMAGES / "learning_delay.svg"
 MARK = "synchronous"
@@ -25,7 +25,9 @@ LINES = {
     "full, whole vector": ORANGE,
     "full": BLUE,
     DEFAULT: GREEN,
+    INT8: GREEN,
 }
+DASHED = {INT8}
 
 Points = dict[str, list[list[float]]]
 """By candidate: (where it stands, top-1 in per cent) of every seed."""
@@ -74,8 +76,10 @@ def draw_delay(points: Points) -> None:
         for delay, value in points.get(label, ()):
             by_delay.setdefault(delay, []).append(value)
         if by_delay:
-            axes.plot(list(by_delay), list(map(statistics.fmean, by_delay.values())), color=colour, label=label)
-            axes.plot(*zip(*points[label], strict=True), "o", color=colour)
+            means = list(map(statistics.fmean, by_delay.values()))
+            line, fill = ("--", "none") if label in DASHED else ("-", "full")
+            axes.plot(list(by_delay), means, line, color=colour, label=label)
+            axes.plot(*zip(*points[label], strict=True), "o", color=colour, fillstyle=fill)
     axes.set(xscale="log", xlabel="local steps that the whole vector is on the wire", ylabel="top-1, %")
     axes.set_xticks([1, 5, 10, 20, 50], ["1", "5", "10", "20", "50"])
     axes.minorticks_off()
