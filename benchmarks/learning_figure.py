@@ -81,7 +81,7 @@ def draw_delay(points: Points) -> None:
             axes.plot(list(by_delay), means, line, color=colour, label=label)
             axes.plot(*zip(*points[label], strict=True), "o", color=colour, fillstyle=fill)
     axes.set(xscale="log", xlabel="local steps that the whole vector is on the wire", ylabel="top-1, %")
-    axes.set_xticks([1, 5, 10, 20, 50], ["1", "5", "10", "20", "50"])
+    axes.set_xticks([0.5, 1, 5, 10, 20, 50], ["0.5", "1", "5", "10", "20", "50"])
     axes.minorticks_off()
     axes.grid(True)
     axes.legend(frameon=False, fontsize=8, labelcolor=GREY)
