@@ -150,7 +150,7 @@ class CodedMean:
     moves the weighted sum of all z by rounding errors of the vector's own precision only. (A rank of weight 0, which
     sits out, has no contribution to take the rest of its piece from: while it does, that rest is lost.)
 
-    Memory: the D elements of c, and for the largest part that is averaged at once two codes and two pieces.
+    Memory: the D elements of c, and for the largest part that is averaged at once two codes, a piece and its code.
     """
 
     def __init__(self, wire: Wire, position: int, members: int, latest: Tensor):
@@ -159,7 +159,7 @@ class CodedMean:
         self._latest = latest
         self._codes = torch.empty(0, dtype=torch.uint8)
         self._received = torch.empty(0, dtype=torch.uint8)
-        self._total = torch.empty(0, dtype=latest.dtype)
+        self._of_mean = torch.empty(0, dtype=torch.uint8)
         self._rest = torch.empty(0, dtype=latest.dtype)
 
     def load(self, latest: Tensor) -> None:
@@ -186,19 +186,23 @@ class CodedMean:
         return codes, received
 
     def reduce(self, values: Tensor, received: Tensor, weight: float) -> Tensor:
-        """The code of the mean of this rank's piece; `weight` is the sum of all ranks' and not 0. Ours, as above."""
-        own = self._piece_of(values, self.position).numel()
-        total, rest = self._total[:own], self._rest[:own]
+        """The code of the mean of this rank's piece; `weight` is the sum of all ranks' and not 0. Ours, as above.
+
+        Leaves `values` as they were: their own piece, whose code is at hand, is where the others' are added up.
+        """
+        total = self._piece_of(values, self.position)
+        rest = self._rest[: total.numel()]
         total.zero_()
         for k in range(self.members):
             self.wire.decode(received[k], rest)
             total.add_(rest)
         total.div_(weight)
         rest.copy_(total)
-        code = self._room(values.numel())[0][self.position]
-        self.wire.encode(total, code)
+        own_code, of_mean = self._room(values.numel())[0][self.position], self._of_mean[: received.shape[1]]
+        self.wire.encode(total, of_mean)
         rest.sub_(total).mul_(weight)
-        return code
+        self.wire.decode(own_code, total)
+        return of_mean
 
     def finish(self, values: Tensor, weight: float, begin: int, pieces: Tensor) -> Tensor:
         """The mean, a view of the latest one; leaves in `values` what counted. `weight` is this rank's own."""
@@ -211,7 +215,7 @@ class CodedMean:
             values.add_(latest)
         for k in range(self.members):
             piece = self._piece_of(latest, k)
-            moved = self._total[: piece.numel()]
+            moved = self._rest[: piece.numel()]
             self.wire.decode(pieces[k], moved)
             piece.add_(moved)
         return latest
@@ -226,6 +230,7 @@ class CodedMean:
         needed, piece = shape[0] * shape[1], _piece(elements, self.members)
         if self._codes.numel() < needed:
             self._codes, self._received = (torch.zeros(needed, dtype=torch.uint8) for _ in range(2))
-        if self._total.numel() < piece:
-            self._total, self._rest = (torch.empty(piece, dtype=self._latest.dtype) for _ in range(2))
+            self._of_mean = torch.zeros(shape[1], dtype=torch.uint8)
+        if self._rest.numel() < piece:
+            self._rest = torch.empty(piece, dtype=self._latest.dtype)
         return self._codes[:needed].view(shape), self._received[:needed].view(shape)

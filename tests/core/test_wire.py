@@ -154,3 +154,16 @@ def test_a_rank_without_weight_says_nothing_and_hears_the_same():
     means = of_all(coded, values, [0.0, 1.0, 1.0])
     assert all(torch.equal(mean, means[0]) for mean in means)
     torch.testing.assert_close(means[0], (randn(600, 1) + randn(600, 2)) / 2, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reducing_works_in_the_values_own_piece_and_leaves_them_as_they_were(name, dtype):
+    ranks, size = 2, 5 * BLOCK + 3
+    coded = parts(name, ranks, size, dtype)
+    values = [randn(size, seed=k, dtype=dtype) for k in range(ranks)]
+    codes = [c.outgoing(v, 1.0, 0)[0].clone() for c, v in zip(coded, values, strict=True)]
+    said = [v.clone() for v in values]
+    for k, c in enumerate(coded):
+        c.reduce(values[k], torch.stack([pieces[k] for pieces in codes]), float(ranks))
+    assert all(torch.equal(a, b) for a, b in zip(values, said, strict=True))
