@@ -150,7 +150,7 @@ class CodedMean:
     moves the weighted sum of all z by rounding errors of the vector's own precision only. (A rank of weight 0, which
     sits out, has no contribution to take the rest of its piece from: while it does, that rest is lost.)
 
-    Memory: the D elements of c, and for the largest part that is averaged at once two codes, a piece and its code.
+    Memory: the D elements of c, and for the largest part that is averaged at once two codes and one piece.
     """
 
     def __init__(self, wire: Wire, position: int, members: int, latest: Tensor):
@@ -159,7 +159,6 @@ class CodedMean:
         self._latest = latest
         self._codes = torch.empty(0, dtype=torch.uint8)
         self._received = torch.empty(0, dtype=torch.uint8)
-        self._of_mean = torch.empty(0, dtype=torch.uint8)
         self._rest = torch.empty(0, dtype=latest.dtype)
 
     def load(self, latest: Tensor) -> None:
@@ -183,7 +182,7 @@ class CodedMean:
                 values.mul_(weight)
         for k in range(self.members):
             self.wire.encode(self._piece_of(values, k), codes[k])
-        return codes, received
+        return codes[: self.members], received
 
     def reduce(self, values: Tensor, received: Tensor, weight: float) -> Tensor:
         """The code of the mean of this rank's piece; `weight` is the sum of all ranks' and not 0. Ours, as above.
@@ -198,10 +197,11 @@ class CodedMean:
             total.add_(rest)
         total.div_(weight)
         rest.copy_(total)
-        own_code, of_mean = self._room(values.numel())[0][self.position], self._of_mean[: received.shape[1]]
+        codes = self._room(values.numel())[0]
+        of_mean = codes[(self.position + 1) % len(codes)]  # has been sent; the own piece's is still needed
         self.wire.encode(total, of_mean)
         rest.sub_(total).mul_(weight)
-        self.wire.decode(own_code, total)
+        self.wire.decode(codes[self.position], total)
         return of_mean
 
     def finish(self, values: Tensor, weight: float, begin: int, pieces: Tensor) -> Tensor:
@@ -225,12 +225,16 @@ class CodedMean:
         return values[k * piece : (k + 1) * piece]
 
     def _room(self, elements: int) -> tuple[Tensor, Tensor]:
-        """For codes to send and codes received, of a part of so many elements; grows with the largest part."""
-        shape = (self.members, piece_bytes(self.wire, elements, self.members))
-        needed, piece = shape[0] * shape[1], _piece(elements, self.members)
-        if self._codes.numel() < needed:
-            self._codes, self._received = (torch.zeros(needed, dtype=torch.uint8) for _ in range(2))
-            self._of_mean = torch.zeros(shape[1], dtype=torch.uint8)
+        """For codes to send, of two pieces at least, and codes received, of a part of so many elements.
+
+        Grows with the largest part.
+        """
+        rows, piece = max(2, self.members), _piece(elements, self.members)
+        n_bytes = piece_bytes(self.wire, elements, self.members)
+        if self._codes.numel() < rows * n_bytes:
+            self._codes = torch.zeros(rows * n_bytes, dtype=torch.uint8)
+            self._received = torch.zeros(self.members * n_bytes, dtype=torch.uint8)
         if self._rest.numel() < piece:
             self._rest = torch.empty(piece, dtype=self._latest.dtype)
-        return self._codes[:needed].view(shape), self._received[:needed].view(shape)
+        codes, received = self._codes[: rows * n_bytes], self._received[: self.members * n_bytes]
+        return codes.view(rows, n_bytes), received.view(self.members, n_bytes)
