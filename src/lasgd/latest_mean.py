@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lasgd.window import Window
 
-SCRATCH = 1 << 18
+SCRATCH = 1 << 16
 """Elements at a time that a fragment's drift is computed from."""
 
 
