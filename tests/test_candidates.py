@@ -245,7 +245,7 @@ def test_interleaved_each_fragment_has_rows_of_the_whole_model(known):
     assert candidate.next_fragment(2).parts[0].begin == 0
 
 
-def test_waiting_first_keeps_all_alike_for_a_fifth_of_the_run_and_then_nobody_waits(known):
+def test_waiting_first_keeps_all_alike_for_a_fifth_of_the_run_and_then_no_longer():
     works = run("waits_first", lambda rank, model: Steps(model, adds=float(rank)), values=(0.0, 0.0), samples=200)
     gaps = [gap(works, step) for step in range(80)]
     assert gaps[:20] == [0.0] * 20
