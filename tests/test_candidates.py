@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lasgd.algorithms import registry
+from lasgd.algorithms.requests import Mean
+from lasgd.errors import ConfigurationError
 from lasgd.pace import Pace
 from lasgd.replica import Replica
 from lasgd.tally import Tally
@@ -26,7 +28,8 @@ def known(monkeypatch):
 
     candidates.register()
     yield candidates
-    sys.modules.pop("candidates", None)
+    for name in [name for name in sys.modules if name.startswith("candidate")]:
+        sys.modules.pop(name)
 
 
 class Steps:
@@ -56,8 +59,9 @@ def run(
     fragments: int = 1,
     step_s=None,
     of_optimizer=None,
+    model_of=lambda value: Point([value] * 4, torch.float64),
 ):
-    models = [Point([value] * 4, torch.float64) for value in values]
+    models = [model_of(value) for value in values]
     replicas = [Replica(model, Tally(1, rank), fragments) for rank, model in enumerate(models)]
     works = [works_of(rank, model) for rank, model in enumerate(models)]
     if of_optimizer:
@@ -105,7 +109,8 @@ def test_the_adaptive_gain_is_one_where_local_steps_forget_nothing():
 
 def test_gains_move_the_mean_by_nothing():
     alike = ("by_drift", "by_layer", "interleaved", "remembered_mean")
-    for name in ("half_gain", "adaptive_gain", "adaptive_gain_by_fragment", *alike):
+    gains = ("adaptive_gain", "adaptive_gain_of_latest", "adaptive_gain_by_fragment", "adaptive_gain_by_tensor")
+    for name in ("half_gain", *gains, *alike):
         works = run(name, lambda _, model: Steps(model), values=(0.0, 2.0, 10.0), samples=300, fragments=2)
         assert sum(work.seen[90] for work in works) == pytest.approx(12.0), name
 
@@ -116,6 +121,48 @@ def test_the_adaptive_gain_by_fragment_is_that_of_all_where_fragments_are_alike(
         for name in ("adaptive_gain", "adaptive_gain_by_fragment")
     )
     assert own[0].seen == pytest.approx(one[0].seen)
+
+
+def test_the_gain_of_the_latest_round_knows_no_round_before(known):
+    from candidate_gains import Said
+
+    latest, all_ = Said(remembers=0.0), Said()
+    for said in (latest, all_):
+        said.say(1, [8.0]), said.say(2, [1.0]), said.say(2, [2.0]), said.say(3, [100.0])
+    assert latest.before(3) == [3.0]
+    assert all_.before(3) == pytest.approx([3.0 + 0.9 * 8.0])
+    assert latest.before(1) is None
+
+
+def test_by_tensor_each_takes_what_its_own_elements_have_shown():
+    # Steps keep 0.7 of x, as above, and drive the ranks' y apart. One gain for all is that of y, whose differences are
+    # by far the larger: all of the correction, which x would rather not have.
+    class Two(torch.nn.Module):
+        def __init__(self, value: float):
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.full((4,), value, dtype=torch.float64))
+            self.y = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    class Apart(Steps):
+        def update(self, progress: float) -> None:
+            super().update(progress)
+            with torch.no_grad():
+                self.model.y.add_(self.adds_to_y)
+
+    def works_of(rank: int, model: Two) -> Apart:
+        work = Apart(model, keeps=0.7)
+        work.adds_to_y = 1000.0 * rank
+        return work
+
+    def gaps(name: str) -> tuple[float, float]:
+        works = run(name, works_of, model_of=Two)
+        y_apart = (works[1].model.y - works[0].model.y).abs().max().item()
+        return abs(gap(works, 30)) / 0.7**30, y_apart
+
+    of_all, by_tensor = gaps("adaptive_gain"), gaps("adaptive_gain_by_tensor")
+    assert of_all[0] > 100
+    assert by_tensor[0] < of_all[0] / 10
+    assert by_tensor[1] == pytest.approx(of_all[1])
 
 
 def test_dropping_leaves_all_at_the_mean_of_what_they_were():
@@ -162,7 +209,7 @@ def test_clearing_clears_where_something_was_shown(known):
     assert not cleared
     fragment = replica.next_fragment(1)
     sent = replica.snapshot(fragment)
-    replica.correct(fragment, sent, known.Mean(torch.ones(4, dtype=torch.float64)))
+    replica.correct(fragment, sent, Mean(torch.ones(4, dtype=torch.float64)))
     text.send(None), text.send(None)
     assert cleared == [True]
 
@@ -195,8 +242,47 @@ def test_momentum_is_averaged_and_what_it_became_meanwhile_kept():
     assert largest("momentum_averaged") < 7.0
 
 
+def with_momentum(values: list[float], momentum: list[float]) -> tuple[Replica, torch.Tensor]:
+    """A rank alone, after a local step."""
+    model = Point(values, torch.float64)
+    optimizer = torch.optim.SGD([model.x], lr=0.0, momentum=0.9)
+    model.x.grad = torch.tensor(momentum, dtype=torch.float64)
+    optimizer.step()
+    replica = Replica(model, Tally(1))
+    replica.on_recovery = optimizer.state.clear
+    return replica, optimizer.state[model.x]["momentum_buffer"]
+
+
+def test_projected_momentum_loses_what_leads_away_from_the_mean_and_nothing_else(known):
+    from candidate_momentum import MomentumProjected
+
+    # A local step goes against its momentum: 3 along the first axis leads away from a mean that lies up it.
+    replica, momentum = with_momentum([0.0, 0.0], [3.0, 5.0])
+    candidate = MomentumProjected(replica, Pace(1, 100))
+    fragment = candidate.next_fragment(1)
+    for mean, left in (([-2.0, 0.0], [3.0, 5.0]), ([2.0, 0.0], [0.0, 5.0])):
+        sent = candidate.snapshot(fragment)
+        candidate.correct(fragment, sent, Mean(torch.tensor(mean, dtype=torch.float64)))
+        assert momentum.tolist() == pytest.approx(left)
+
+
+def test_scaled_momentum_is_left_by_as_much_as_of_the_correction_is_taken(known):
+    from candidate_momentum import MomentumScaled
+
+    replica, momentum = with_momentum([0.0, 0.0], [3.0, 5.0])
+    candidate = MomentumScaled(replica, Pace(4, 100))
+    candidate.parts(fragment := candidate.next_fragment(1))[0][0].say(-1, [-0.6, 1.0])  # g = 1 - 0.6
+    sent = candidate.snapshot(fragment)
+    candidate.correct(fragment, sent, Mean(torch.tensor([10.0, 0.0], dtype=torch.float64)))
+    replica.merge()
+    assert momentum.tolist() == pytest.approx([1.2, 2.0])
+    assert replica.parameters().tolist() == pytest.approx([4.0, 0.0])
+
+
 def test_by_drift_lets_all_go_once_and_then_the_one_that_drifts_most(known):
-    drifts = known.Drifts()
+    from candidate_fragments import Drifts
+
+    drifts = Drifts()
     order = []
     for round_ in range(12):
         order.append(drifts.next(round_, 3))
@@ -222,9 +308,11 @@ def test_a_gentle_gradient_weighs_more():
 
 
 def test_by_layer_a_layer_goes_at_a_time(known):
+    from candidate_fragments import ByLayer
+
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
     replica = Replica(model, Tally(1), 5)
-    candidate = known.ByLayer(replica, Pace(1, 100))
+    candidate = ByLayer(replica, Pace(1, 100))
     went = [candidate.next_fragment(5) for _ in range(4)]
     assert [(fragment.begin, fragment.end) for fragment in went] == [(0, 16), (16, 24)] * 2
     assert [len(fragment.pieces) for fragment in went[:2]] == [2, 1]
@@ -232,14 +320,16 @@ def test_by_layer_a_layer_goes_at_a_time(known):
 
 
 def test_interleaved_each_fragment_has_rows_of_the_whole_model(known):
+    from candidate_fragments import Interleaved
+
     model = Point([float(row) for row in range(8)], torch.float64)
     replica = Replica(model, Tally(1), 2)
-    candidate = known.Interleaved(replica, Pace(1, 100))
+    candidate = Interleaved(replica, Pace(1, 100))
     for turn in (0, 1):
         fragment = candidate.next_fragment(2)
         sent = candidate.snapshot(fragment)
         assert sent.values.tolist() == [turn, turn + 2, turn + 4, turn + 6]
-        candidate.correct(fragment, sent, known.Mean(sent.values + 100))
+        candidate.correct(fragment, sent, Mean(sent.values + 100))
         replica.merge()
     assert model.x.tolist() == [100.0 + row for row in range(8)]
     assert candidate.next_fragment(2).parts[0].begin == 0
@@ -253,5 +343,5 @@ def test_waiting_first_keeps_all_alike_for_a_fifth_of_the_run_and_then_no_longer
 
 
 def test_a_name_that_is_in_use_is_refused(known):
-    with pytest.raises(known.registry.ConfigurationError, match="half_gain"):
+    with pytest.raises(ConfigurationError, match="half_gain"):
         registry.add(known.CANDIDATES[0])

@@ -20,8 +20,9 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("candidates", "common", "drawing", "learning", "learning_figure", "learning_trials"):
-        sys.modules.pop(name, None)
+    ours = ("candidate", "common", "drawing", "learning")
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        sys.modules.pop(name)
 
 
 def test_every_candidate_is_a_run_that_lasgd_takes(monkeypatch):
