@@ -58,6 +58,8 @@ SHORT = Cell(delay=1.0, samples=20_000)
 FAST = Cell(delay=0.5)
 FAR = Cell(ranks=16, delay=20.0)
 HELD = Cell(straggler="last:4x")
+ALIKE = Cell(ranks=8, samples=120_000)
+"""With eight ranks as many local steps each as with four."""
 LONG = Cell(samples=600_000)
 TINY = Cell(data="tiny-imagenet-20", batch_size=8, samples=30_000)
 DIGITS = Cell(data="digits", samples=20_000)
@@ -65,7 +67,7 @@ PARTS: dict[str, tuple[Cell, ...]] = {
     "screen": (SCREEN,),
     "short": (SHORT, FAST),
     "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
-    "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR),
+    "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR, ALIKE),
     "straggler": (HELD,),
     "long": (LONG,),
     "tiny": (TINY,),
