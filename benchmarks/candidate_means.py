@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from candidate_replica import REMEMBERED, Candidate, stands_for
-from lasgd.algorithms.requests import Contribution, Failure, Mean
+from candidate_replica import REMEMBERED, Candidate, Text, stands_for
+from lasgd.algorithms.requests import Contribution, Failure, Gradient, Mean, Update
 from lasgd.layout import Fragment
 from lasgd.pace import Pace
 from lasgd.replica import Replica
+
+LENGTHS: WeakKeyDictionary[Replica, float] = WeakKeyDictionary()
+"""Of the latest gradient."""
 
 
 class WeightedSteps(Candidate):
@@ -29,19 +33,24 @@ class WeightedSteps(Candidate):
         return replace(sent, weight=sent.weight * max(1, taken))
 
 
+def compute_measuring(replica: Replica, pace: Pace) -> Text:
+    """Notes how long each gradient is: when a snapshot is made the next one may be half done."""
+    while True:
+        yield Gradient()
+        gradients = [entry.tensor().grad for entry in replica.layout.entries]
+        squares = [float(gradient.square().sum()) for gradient in gradients if gradient is not None]
+        LENGTHS[replica] = math.sqrt(sum(squares))
+        yield Update()
+        replica.merge()
+
+
 class WeightedGradient(Candidate):
-    """Who has come down further counts for more."""
+    """Who has come down further counts for more. Its ranks compute as above."""
 
     def snapshot(self, fragment: Fragment) -> Contribution:
-        """With the weight of the rank's gradient; 1 before there is one."""
-        sent, gradients = self.replica.snapshot(fragment), self.gradients()
-        length = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        """With the weight of the rank's latest gradient; 1 before there is one."""
+        sent, length = self.replica.snapshot(fragment), LENGTHS.get(self.replica, 1.0)
         return replace(sent, weight=sent.weight / length) if 0 < length < math.inf else sent
-
-    def gradients(self) -> list[Tensor]:
-        """Of all parameters that have one."""
-        found = (entry.tensor().grad for entry in self.replica.layout.entries)
-        return [gradient for gradient in found if gradient is not None]
 
 
 class Dropped(Candidate):

@@ -41,7 +41,7 @@ from typing import cast
 
 from candidate_fragments import ByDrift, ByLayer, Interleaved
 from candidate_gains import AdaptiveGain, AdaptiveGainByFragment, AdaptiveGainByTensor, AdaptiveGainOfLatest, HalfGain
-from candidate_means import Dropped, RememberedMean, WeightedGradient, WeightedSteps
+from candidate_means import Dropped, RememberedMean, WeightedGradient, WeightedSteps, compute_measuring
 from candidate_momentum import MomentumAveraged, MomentumProjected, MomentumScaled, compute_cleared
 from candidate_replica import Candidate, Text
 from candidate_waiting import communicate_after_waiting, compute_waiting_first
@@ -76,7 +76,7 @@ CANDIDATES = (
     _algorithm("momentum_scaled", MomentumScaled, lasgd.compute),
     _algorithm("momentum_projected", MomentumProjected, lasgd.compute),
     _algorithm("weighted_steps", WeightedSteps, lasgd.compute),
-    _algorithm("weighted_gradient", WeightedGradient, lasgd.compute),
+    _algorithm("weighted_gradient", WeightedGradient, compute_measuring),
     _algorithm("by_drift", ByDrift, lasgd.compute),
     _algorithm("by_layer", ByLayer, lasgd.compute),
     _algorithm("interleaved", Interleaved, lasgd.compute),

@@ -295,9 +295,16 @@ def test_by_drift_lets_all_go_once_and_then_the_one_that_drifts_most(known):
 
 def test_a_gentle_gradient_weighs_more():
     class Pulls(Steps):
+        def begin(self) -> None:
+            self.model.x.grad = torch.full_like(self.model.x, 100.0 * self.pull**2)  # half done
+
         def gradient(self) -> None:
             super().gradient()
             self.model.x.grad = torch.full_like(self.model.x, self.pull)
+
+        def update(self, progress: float) -> None:
+            super().update(progress)
+            self.model.x.grad = None
 
     def works(rank: int, model: Point) -> Pulls:
         work = Pulls(model)
