@@ -67,7 +67,7 @@ PARTS: dict[str, tuple[Cell, ...]] = {
     "screen": (SCREEN,),
     "short": (SHORT, FAST),
     "delay": tuple(Cell(delay=delay) for delay in (1.0, 5.0, 10.0, 20.0, 50.0)),
-    "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR, ALIKE),
+    "ranks": (Cell(ranks=8), Cell(ranks=8, delay=20.0), Cell(ranks=16), FAR, ALIKE, Cell(ranks=8, delay=1.0)),
     "straggler": (HELD,),
     "long": (LONG,),
     "tiny": (TINY,),
