@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Bar, Report, arguments_for, run_card, where_to_store
+from lasgd.errors import DataError
 from learning_trials import (
     CANDIDATES,
     DEFAULT,
@@ -48,6 +49,7 @@ from learning_trials import (
     Outcome,
     Trial,
     Trials,
+    check_data,
     restored,
     run_all,
     stored,
@@ -239,6 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = tuple(map(int, arguments.seeds.split(","))) if arguments.seeds else SEEDS
     except ValueError:
         parser.error(f"--seeds: expected whole numbers separated by commas, got {arguments.seeds!r}")
+    try:
+        check_data(arguments.data, () if arguments.quick else cells)
+    except DataError as error:
+        parser.error(f"--data: {error}")
     if arguments.quick:
         cells, labels, seeds = (Cell(samples=2000),), ["synchronous", DEFAULT], (TUNED_WITH,)
     where = where_to_store("learning", arguments)

@@ -17,12 +17,15 @@ from typing import Any
 
 from common import FOLDER
 from lasgd.algorithms import registry
-from lasgd.errors import ConfigurationError
+from lasgd.errors import ConfigurationError, DataError
 from lasgd.lab.cores import usable_cores
+from lasgd.training.data import open_data
 from lasgd.training.run_folder import RunRecord, read_run
 
 SHIPPED = frozenset(registry.names())
 STEP_S = 0.1
+CLASSES_AND_SIZE = {"cifar10": (10, 32), "tiny-imagenet-20": (20, 64), "digits": (10, 8)}
+"""Of each data set: how many classes, and pixels a side."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,19 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 """Options of `lasgd simulate` by label, and as `bytes` how many times the whole vector travels. Where momentum is in
 both places, (1 - beta)(1 - mu) is 0.1 as with 0.9 in one: so the same learning rate moves the mean as far."""
+
+
+def check_data(data: Path, cells: Iterable[Cell]) -> None:
+    """Raises DataError where it cannot be opened, or is not what the cells are about."""
+    opened = open_data(str(data))
+    found = len(opened.classes), opened.image_size
+    for name in dict.fromkeys(cell.data for cell in cells):
+        if found != CLASSES_AND_SIZE[name]:
+            classes, size = CLASSES_AND_SIZE[name]
+            raise DataError(
+                f"{data}: expected {name}, which has {classes} classes and images of {size} pixels a side; "
+                f"found {found[0]} classes and {found[1]} pixels."
+            )
 
 
 @dataclass(frozen=True)

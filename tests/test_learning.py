@@ -188,6 +188,16 @@ def test_the_default_is_also_tried_with_the_rate_of_synchronous_sgd(monkeypatch)
     assert ("synchronous", 0.2, 1) in asked and study.untuned(SCREEN)[0].top1 == pytest.approx(0.1 / 21)
 
 
+def test_another_data_set_than_the_cells_is_refused_before_anything_runs(monkeypatch, capsys):
+    import learning
+
+    monkeypatch.setattr(learning, "run_all", lambda *_: pytest.fail("runs"))
+    for data, said in (("digits", "digits: expected cifar10, which has 10 classes and images of 32"), ("no", "'no'")):
+        with pytest.raises(SystemExit):
+            learning.main(["screen", "--data", data])
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 def test_a_study_stores_what_real_runs_tell_and_goes_on_from_there(monkeypatch, tmp_path, capsys):
