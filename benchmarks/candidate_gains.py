@@ -19,12 +19,7 @@ class HalfGain(Candidate):
     takes_momentum = False
 
     def seen(self, fragment: Fragment, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
-        return _with_gain(0.5, sent, outcome, mean)
-
-
-def _with_gain(gain: float, sent: Contribution, outcome: Mean, mean: Tensor) -> Mean:
-    """g (m - s): what is taken for the mean has s subtracted from it."""
-    return replace(outcome, values=sent.values + gain * (mean - sent.values))
+        return replace(outcome, values=sent.values + 0.5 * (mean - sent.values))
 
 
 @dataclass
